@@ -1,0 +1,1 @@
+"""The RL loop behind `trimtab-rl`."""

@@ -1,0 +1,1 @@
+"""Remedies that keep RL runs stable: advantages, weights, masks, losses and monitors."""
