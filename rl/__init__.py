@@ -1,1 +1,52 @@
-"""The RL loop behind `trimtab-rl`."""
+"""The RL loop behind `trimtab-rl`: tasks, rollouts, objective, run.
+
+Names are resolved on first use, so that a reward process, which imports `trimtab.rl.rewards`, does
+not load torch.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "batch": ("RolloutBatch", "collate"),
+    "chain_sum": ("ChainSumTask", "Styles"),
+    "config": (
+        "EvaluationConfig",
+        "LengthRateConfig",
+        "PolicyConfig",
+        "PruningConfig",
+        "RLConfig",
+        "RecordConfig",
+        "RolloutConfig",
+        "TokenBaselineConfig",
+        "TrustRegionConfig",
+        "UpdateConfig",
+    ),
+    "evaluation": ("Evaluation", "evaluate"),
+    "loop": ("ProblemData", "RLModule"),
+    "objective": ("objective", "policy_statistics", "token_weights"),
+    "prefix": ("refuse_unsupported", "response_logits"),
+    "rewards": ("RewardWorker", "Scored"),
+    "rollout": (
+        "Capabilities",
+        "Request",
+        "RolloutEngine",
+        "Sample",
+        "Sampling",
+        "TransformersEngine",
+    ),
+    "tasks": ("JsonLinesTask", "Problem", "ReasoningGymTask", "Task"),
+    "warmup": ("WarmupConfig", "warm_up"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

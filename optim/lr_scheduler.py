@@ -1,0 +1,360 @@
+"""A learning rate that decays once the mean response length surges.
+
+The surge is the early warning of a collapse. Until it comes, at step S, the base schedule acts alone;
+then, with a period of P = period_factor * S steps,
+    lr(step) = base(step) * max(floor, decay ^ floor((step - origin) / P))    (factor in [floor, 1])
+With the defaults the rate halves every 1.8 * S steps, down to a tenth.
+
+Source: arXiv 2602.01826. The detector (a smoothed length against the mean of the first steps) is a
+reproduction's.
+"""
+
+import logging
+import math
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+Origin = Literal["trigger", "warmup"]
+Mode = Literal["decay", "alert"]
+
+_logger = logging.getLogger(__name__)
+
+
+class LengthDetector:
+    """Decides from response lengths when, and by what factor, to lower a learning rate.
+
+    The first `warmup` observations give the baseline, their mean. After them, a surge is a smoothed
+    length above `ratio` times the baseline. A length stuck at the maximum is not "no surge": it
+    cannot rise any more, so it counts as one, also when it was stuck from the start. The first
+    surge triggers; later ones do nothing until `rearm`.
+
+    Args:
+        warmup: observations in the baseline, at least 1.
+        ratio: above 1.
+        smoothing: weight of the past in the exponential averages, in [0, 1); they start at the
+            first observation.
+        period_factor: steps between two decays, in units of S, above 0.
+        decay: factor of each decay, in (0, 1).
+        floor: smallest factor, in [0, 1].
+        origin: "trigger" counts periods from S, "warmup" from the step at which the baseline was
+            complete.
+        mode: "decay", or "alert": logs the surge and leaves the factor at 1.
+        max_length: tokens, the limit of a response; None if there is none.
+        saturation: in (0, 1]; a smoothed length of this share of `max_length`, or this smoothed
+            share of truncated responses, counts as stuck at the maximum.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Source: arXiv 2602.01826; smoothing, ratio and warmup are a reproduction's, saturation is ours.
+    """
+
+    def __init__(
+        self,
+        *,
+        warmup: int = 50,
+        ratio: float = 3.0,
+        smoothing: float = 0.9,
+        period_factor: float = 1.8,
+        decay: float = 0.5,
+        floor: float = 0.1,
+        origin: Origin = "trigger",
+        mode: Mode = "decay",
+        max_length: float | None = None,
+        saturation: float = 0.95,
+    ) -> None:
+        for name, valid, expected, found in (
+            ("warmup", warmup >= 1, "at least 1", warmup),
+            ("ratio", 1 < ratio < math.inf, "finite and above 1", ratio),
+            ("smoothing", 0 <= smoothing < 1, "a number in [0, 1)", smoothing),
+            ("period_factor", 0 < period_factor < math.inf, "finite and above 0", period_factor),
+            ("decay", 0 < decay < 1, "a number in (0, 1)", decay),
+            ("floor", 0 <= floor <= 1, "a number in [0, 1]", floor),
+            ("origin", origin in get_args(Origin), f"one of {get_args(Origin)}", origin),
+            ("mode", mode in get_args(Mode), f"one of {get_args(Mode)}", mode),
+            ("max_length", max_length is None or max_length > 0, "a number above 0", max_length),
+            ("saturation", 0 < saturation <= 1, "a number in (0, 1]", saturation),
+        ):
+            if not valid:
+                raise ValueError(f"{name}: expected {expected}, found {found!r}")
+        self.warmup = warmup
+        self.ratio = ratio
+        self.smoothing = smoothing
+        self.period_factor = period_factor
+        self.decay = decay
+        self.floor = floor
+        self.origin = origin
+        self.mode = mode
+        self.max_length = max_length
+        self.saturation = saturation
+        self.rearm()
+
+    def rearm(self) -> None:
+        """Forgets the trigger, so that the factor is 1 again, and collects a new baseline.
+
+        For a surge that was healthy learning: the length it reached becomes the new normal.
+        """
+        self.observations = 0
+        self.smoothed: float | None = None
+        self.smoothed_truncated = 0.0
+        self.triggered_at: int | None = None
+        self._baseline_sum = 0.0
+        self._warmup_ended_at: int | None = None
+
+    @property
+    def baseline(self) -> float | None:
+        """Mean length, in tokens, of the first `warmup` observations; None until they are there."""
+        return self._baseline_sum / self.warmup if self.observations >= self.warmup else None
+
+    def observe(
+        self, mean_length: float, truncated_fraction: float | None = None, *, step: int
+    ) -> bool:
+        """Records the mean response length of one training step.
+
+        Args:
+            mean_length: tokens, finite and at least 0.
+            truncated_fraction: share of responses cut off at the limit, in [0, 1]; None if unknown.
+            step: the step it was seen in, counted from 0.
+
+        Returns:
+            Whether this observation triggered.
+
+        Raises:
+            ValueError: an argument out of range; nothing is recorded then.
+        """
+        mean_length = float(mean_length)
+        if not 0 <= mean_length < math.inf:
+            raise ValueError(
+                f"mean_length: expected a finite number of at least 0, found {mean_length}"
+            )
+        if truncated_fraction is not None and not 0 <= truncated_fraction <= 1:
+            raise ValueError(
+                f"truncated_fraction: expected a number in [0, 1], found {truncated_fraction}"
+            )
+        past = self.smoothing if self.observations else 0.0
+        self.smoothed = past * (self.smoothed or 0.0) + (1 - past) * mean_length
+        if truncated_fraction is not None:
+            share = (1 - past) * float(truncated_fraction)
+            self.smoothed_truncated = past * self.smoothed_truncated + share
+        self.observations += 1
+        if self.observations <= self.warmup:
+            self._baseline_sum += mean_length
+            self._warmup_ended_at = step if self.observations == self.warmup else None
+            return False
+        if self.triggered_at is not None or not self._surges():
+            return False
+        self.triggered_at = step
+        _logger.warning(
+            "mean response length surged at step %d: smoothed %.1f, baseline %.1f tokens (mode %s)",
+            step, self.smoothed, self.baseline, self.mode,
+        )  # fmt: skip
+        return True
+
+    def _surges(self) -> bool:
+        stuck = self.max_length is not None and self.smoothed >= self.saturation * self.max_length
+        truncated = self.smoothed_truncated >= self.saturation
+        return self.smoothed > self.ratio * self.baseline or stuck or truncated
+
+    def factor_at(self, step: int) -> float:
+        """The factor at `step`, in [floor, 1]; 1 before the trigger and in mode "alert"."""
+        if self.triggered_at is None or self.mode == "alert":
+            return 1.0
+        origin = self.triggered_at if self.origin == "trigger" else self._warmup_ended_at
+        # In fractions: as floats 1.1 * 50 exceeds 55, which would delay a decay by one step.
+        period = Fraction(str(self.period_factor)) * max(self.triggered_at, 1)
+        return max(self.floor, self.decay ** max(0, (step - origin) // period))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed, as plain numbers; the constructor's arguments are not part of it."""
+        return {
+            "observations": self.observations,
+            "baseline_sum": self._baseline_sum,
+            "smoothed": self.smoothed,
+            "smoothed_truncated": self.smoothed_truncated,
+            "triggered_at": self.triggered_at,
+            "warmup_ended_at": self._warmup_ended_at,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; arguments stay, so that mode "alert" can follow.
+
+        Args:
+            state: from `state_dict`.
+
+        Raises:
+            ValueError: other keys than those of `state_dict`; nothing is restored then.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"state: expected keys {sorted(self.state_dict())}, found {sorted(state)}"
+            )
+        self.observations = state["observations"]
+        self.smoothed = state["smoothed"]
+        self.smoothed_truncated = state["smoothed_truncated"]
+        self.triggered_at = state["triggered_at"]
+        self._baseline_sum = state["baseline_sum"]
+        self._warmup_ended_at = state["warmup_ended_at"]
+
+
+class LengthTriggeredLR(LRScheduler):
+    """Any learning rate schedule, decayed once the mean response length surges.
+
+    Call `observe` with each step's mean response length, then `step`, as with every torch
+    scheduler. The composed rate is exactly the base schedule's times the factor, also for schedules
+    that compute a rate from the last one.
+
+    Args:
+        optimizer: whose `lr` is set.
+        base: a scheduler of the same optimizer, which this one steps (do not step it yourself);
+            None holds the rate.
+        warmup, ratio, smoothing, period_factor, decay, floor, origin, mode, max_length, saturation:
+            as in LengthDetector; steps are calls of `step`.
+
+    Raises:
+        ValueError: `base` belongs to another optimizer, or an argument is out of range.
+
+    Source: arXiv 2602.01826; see LengthDetector.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        base: LRScheduler | None = None,
+        *,
+        warmup: int = 50,
+        ratio: float = 3.0,
+        smoothing: float = 0.9,
+        period_factor: float = 1.8,
+        decay: float = 0.5,
+        floor: float = 0.1,
+        origin: Origin = "trigger",
+        mode: Mode = "decay",
+        max_length: float | None = None,
+        saturation: float = 0.95,
+    ) -> None:
+        if base is not None and base.optimizer is not optimizer:
+            raise ValueError("base: expected a scheduler of `optimizer`, found another optimizer's")
+        self.detector = LengthDetector(
+            warmup=warmup,
+            ratio=ratio,
+            smoothing=smoothing,
+            period_factor=period_factor,
+            decay=decay,
+            floor=floor,
+            origin=origin,
+            mode=mode,
+            max_length=max_length,
+            saturation=saturation,
+        )
+        self.base = base
+        self._unscaled: list[float] | None = None  # what the base schedule alone would use
+        super().__init__(optimizer)
+
+    @property
+    def factor(self) -> float:
+        """The factor now applied to the base schedule, in [floor, 1]."""
+        return self.detector.factor_at(self.last_epoch)
+
+    @property
+    def triggered_at(self) -> int | None:
+        """S, the step of the trigger, counted from 0; None before it."""
+        return self.detector.triggered_at
+
+    def observe(self, mean_length: float, truncated_fraction: float | None = None) -> bool:
+        """Records the mean response length of the current training step; call it before `step`.
+
+        Args:
+            mean_length: tokens, finite and at least 0; the same on all ranks.
+            truncated_fraction: share of responses cut off at the limit, in [0, 1]; None if unknown.
+
+        Returns:
+            Whether this observation triggered.
+
+        Raises:
+            ValueError: an argument out of range; nothing is recorded then.
+        """
+        return self.detector.observe(mean_length, truncated_fraction, step=self.last_epoch)
+
+    def step(self, metrics: float | None = None) -> None:
+        """Advances the base schedule by one and sets the composed rate.
+
+        Args:
+            metrics: for a base of ReduceLROnPlateau, the value it watches; else None.
+
+        Raises:
+            ValueError: `metrics` is missing, or given to another base; nothing has changed then.
+        """
+        watches = isinstance(self.base, ReduceLROnPlateau)
+        # It is None in the call by the constructor: the base has made its first step already.
+        if self._unscaled is not None:
+            if watches != (metrics is not None):
+                expected = "a number for ReduceLROnPlateau" if watches else "None"
+                raise ValueError(f"metrics: expected {expected}, found {metrics}")
+            for group, lr in zip(self.optimizer.param_groups, self._unscaled, strict=False):
+                _set_lr(group, lr)
+            if self.base is not None:
+                self.base.step(*(metrics,) if watches else ())
+        self.last_epoch += 1
+        self._step_count += 1
+        self._unscaled = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._apply()
+
+    def _apply(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=False):
+            _set_lr(group, lr)
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
+
+    def get_lr(self) -> list[float]:
+        """The composed rate of every group, as floats."""
+        return [lr * self.factor for lr in self._unscaled]
+
+    def rearm(self) -> None:
+        """Undoes trigger and factor at once and takes a new baseline: the surge was healthy."""
+        self.detector.rearm()
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, the base scheduler's state included."""
+        return {
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "last_lr": list(self._last_lr),
+            "base_lrs": list(self.base_lrs),
+            "unscaled": list(self._unscaled),
+            "detector": self.detector.state_dict(),
+            "base": None if self.base is None else self.base.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; the groups' `lr` comes with the optimizer's state.
+
+        Args:
+            state_dict: from a LengthTriggeredLR with a base of the same kind.
+
+        Raises:
+            ValueError: a base is missing or not expected; nothing is restored then.
+        """
+        if (state_dict["base"] is None) != (self.base is None):
+            expected = "none" if self.base is None else type(self.base).__name__
+            found = "none" if state_dict["base"] is None else "one"
+            raise ValueError(f"state_dict: expected base {expected}, found {found}")
+        self.detector.load_state_dict(state_dict["detector"])
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict["step_count"]
+        self._last_lr = list(state_dict["last_lr"])
+        self.base_lrs = list(state_dict["base_lrs"])
+        self._unscaled = list(state_dict["unscaled"])
+        if self.base is not None:
+            self.base.load_state_dict(state_dict["base"])
+
+
+def _set_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)  # in place: compiled optimizers hold on to the tensor
+    else:
+        group["lr"] = lr

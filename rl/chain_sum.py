@@ -1,0 +1,140 @@
+"""The demo's task: reasoning-gym's `chain_sum` as few-shot documents for a small character model.
+
+A document is worked examples `Q:7+5-3=\\nA:...\\n` followed by the question. Answers come in three
+styles, so that a warmed-up policy can reason but rarely does, and rollouts differ in length:
+
+    direct    #9
+    worked    7+5=12;12-3=9#9
+    checked   7+5=12;12-3=9;9+3=12;12-5=7#9       (worked, then undone back to the first term)
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .tasks import Problem, ReasoningGymTask, Split
+
+CHARACTERS = "0123456789+-=;#QA:\n <>"
+
+
+@dataclass(frozen=True)
+class Styles:
+    """Shares of the answer styles in a document; what is left of 1 is direct.
+
+    Args:
+        worked: share of worked answers, in [0, 1].
+        checked: share of worked and re-checked answers, in [0, 1].
+    """
+
+    worked: float = 0.2
+    checked: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.worked, self.checked) < 0 or self.worked + self.checked > 1:
+            raise ValueError(f"styles: expected shares in [0, 1] with a sum of at most 1, got {self}")
+
+
+class ChainSumTask(ReasoningGymTask):
+    """Few-shot sums of one-digit terms, scored by reasoning-gym.
+
+    Args:
+        min_terms: least number of terms of a sum.
+        max_terms: greatest number of terms of a sum.
+        shots: worked examples before the question; they are the long prefix a group shares.
+        styles: answer styles of those examples.
+        seed: of the training problems and of their examples.
+
+    Raises:
+        ValueError: reasoning-gym refuses the sizes, shots < 0, or styles are no shares.
+    """
+
+    def __init__(
+        self,
+        min_terms: int = 2,
+        max_terms: int = 5,
+        shots: int = 8,
+        styles: Styles = Styles(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ) -> None:
+        if shots < 0:
+            raise ValueError(f"shots: expected a count >= 0, got {shots}")
+        params = {"min_terms": min_terms, "max_terms": max_terms, "min_digits": 1, "max_digits": 1}
+        super().__init__("chain_sum", params, answer_after="#", stop="\n", seed=seed)
+        self.shots, self.styles = shots, styles
+        self._examples = {
+            "train": ReasoningGymTask("chain_sum", params, seed=seed + EXAMPLES_SEED_OFFSET),
+            "heldout": ReasoningGymTask("chain_sum", params, seed=seed + 2 * EXAMPLES_SEED_OFFSET),
+        }
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Examples in mixed styles, then the open question."""
+        entry = self.entry(split, index)
+        shots = self._shots(split, index, self.shots, self.styles)
+        prompt = "".join(question + answer for question, answer in shots) + question_text(entry)
+        return Problem(f"{split}/{index}", prompt, {"entry": entry})
+
+    def document(self, index: int, styles: Styles) -> list[tuple[str, str]]:
+        """(question, answer) texts of one supervised document: `shots` + 1 of them, all answered."""
+        return self._shots("train", index + DOCUMENTS_OFFSET, self.shots + 1, styles)
+
+    def characters(self) -> str:
+        """Every character a document can hold, for the tokenizer."""
+        return CHARACTERS
+
+    def label(self, completion: str) -> str:
+        """`worked` for an answer with calculation steps (checked or not), else `direct`."""
+        return "worked" if "=" in completion else "direct"
+
+    def _shots(self, split: Split, index: int, count: int, styles: Styles) -> list[tuple[str, str]]:
+        chooser = random.Random(f"{self.seed}/{split}/{index}")
+        first = index * (self.shots + 1)
+        entries = [self._examples[split].entry("train", first + i) for i in range(count)]
+        return [(question_text(e), answer_text(e, _draw(styles, chooser))) for e in entries]
+
+
+EXAMPLES_SEED_OFFSET = 7_919
+DOCUMENTS_OFFSET = 50_000_000  # documents use examples that no prompt of the training split shows
+
+
+def question_text(entry: dict[str, Any]) -> str:
+    """`Q:7+5-3=\\nA:` of a chain_sum entry."""
+    return f"Q:{entry['metadata']['expression'].replace(' ', '')}=\nA:"
+
+
+def answer_text(entry: dict[str, Any], style: str) -> str:
+    """The entry's answer in a style, ending in a newline.
+
+    Args:
+        entry: a chain_sum entry.
+        style: `direct`, `worked` or `checked`.
+
+    Returns:
+        The text, e.g. `7+5=12;12-3=9#9\\n`.
+    """
+    if style == "direct":
+        return f"#{entry['answer']}\n"
+    terms = [int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))]
+    total, steps = terms[0], []
+    for term in terms[1:]:
+        steps.append(_step(total, term))
+        total += term
+    if style == "checked":
+        undone = total
+        for term in reversed(terms[1:]):
+            steps.append(_step(undone, -term))
+            undone -= term
+    return ";".join(steps) + f"#{entry['answer']}\n"
+
+
+def _step(total: int, term: int) -> str:
+    return f"{total}{'+' if term >= 0 else '-'}{abs(term)}={total + term}"
+
+
+def _draw(styles: Styles, chooser: random.Random) -> str:
+    u = chooser.random()
+    if u < styles.worked:
+        return "worked"
+    return "checked" if u < styles.worked + styles.checked else "direct"

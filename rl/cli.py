@@ -1,0 +1,255 @@
+"""`trimtab-rl`: reads a recipe, checks everything, then trains.
+
+    trimtab-rl --config chain_sum_cpu --updates 30 --update.lr 2e-4
+    trimtab-rl --config recipe.yaml --trainer.devices 2 --trainer.accelerator cpu --trainer.strategy ddp
+    trimtab-rl --resume runs/RUN
+    trimtab-rl report runs/RUN
+
+Bad input ends with one line and exit code 2 before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any, NoReturn
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# What a run may set of Lightning's Trainer; the rest is the loop's own business.
+TRAINER_OPTIONS = {
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "max_steps",
+    "max_time",
+    "callbacks",
+    "plugins",
+    "profiler",
+    "deterministic",
+    "benchmark",
+    "detect_anomaly",
+    "enable_progress_bar",
+}
+# What may differ between a run and its continuation without changing what it computes.
+FREE_ON_RESUME = ("updates", "run_dir", "record.", "trainer.max_", "trainer.enable_", "trainer.prof")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `trimtab-rl`.
+
+    Args:
+        argv: arguments; None takes the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _quieten()
+    try:
+        if arguments[:1] == ["report"]:
+            _report(arguments[1:])
+            return
+        config, trainer_options, resume, text = parse(make_parser(), arguments)
+        from .run import Run
+
+        run = Run(config, trainer_options, resume, text)
+        run.prepare()
+    except (ValueError, ArgumentError) as error:
+        _refuse(error)
+    run.train()  # from here on an error is ours, or the machine's: a traceback is what helps
+
+
+def _report(arguments: list[str]) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ValueError(f"report: expected one run folder, got {arguments}")
+    from .recording import RunFolder
+    from .report import draw_report
+
+    folder = RunFolder.existing(arguments[0])
+    draw_report(folder.metrics, folder.report)
+    print(folder.report)
+
+
+def make_parser() -> Any:
+    """The argument parser: RLConfig at the top level, Lightning's Trainer under `trainer`."""
+    import pytorch_lightning as pl
+    from jsonargparse import ArgumentParser
+
+    from .config import RLConfig
+
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser = ArgumentParser(
+        prog="trimtab-rl",
+        description="Reinforcement learning of a language model on verifiable rewards.",
+        epilog=f"Packaged recipes: {names}. `trimtab-rl report RUN` draws a run's report again.",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="a recipe: a file or a packaged name")
+    parser.add_argument(
+        "--resume", type=str | None, default=None, help="run folder to continue, exactly"
+    )
+    parser.add_class_arguments(RLConfig, None)
+    options = inspect.signature(pl.Trainer).parameters
+    parser.add_class_arguments(
+        pl.Trainer,
+        "trainer",
+        skip={name for name in options if name not in TRAINER_OPTIONS},
+        instantiate=False,
+    )
+    return parser
+
+
+def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str | None, str]:
+    """Arguments as objects.
+
+    Args:
+        parser: from `make_parser`.
+        arguments: of the command line.
+
+    Returns:
+        RLConfig, options of the Trainer, the folder to resume or None, and the resolved
+        configuration as YAML.
+
+    Raises:
+        ValueError, ArgumentError: an argument is wrong; nothing has been written.
+    """
+    arguments = [_packaged(arguments, i) for i in range(len(arguments))]
+    try:
+        resume = _resume_folder(arguments)
+        given = any(a == "--config" or a.startswith("--config=") for a in arguments)
+        if resume is not None and not given:
+            stored = ["--config", str(Path(resume) / "config.yaml")]
+            arguments = stored + arguments
+        elif not given and not {"--help", "-h"} & set(arguments):
+            raise ValueError("--config: expected a recipe (a file or a packaged name), got none")
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(explain(error, parser)) from error
+    text = _resolved(parser, parsed)
+    if resume is not None:
+        stored_text = (Path(resume) / "config.yaml").read_text(encoding="utf-8")
+        _refuse_changes(stored_text, text)
+    try:
+        made = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise ValueError(explain(error, parser)) from error
+    from .config import RLConfig
+
+    config = RLConfig(**{f.name: made[f.name] for f in dataclasses.fields(RLConfig)})
+    return config, dict(vars(made["trainer"])), resume, text
+
+
+def explain(error: Exception, parser: Any) -> str:
+    """One line for a parser's error, with the nearest valid key where a key is unknown.
+
+    Args:
+        error: what the parser raised.
+        parser: knows the valid keys.
+
+    Returns:
+        The line.
+    """
+    line = " ".join(str(error).split())
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", line) or re.search(
+        r"(?:Option|Key|key) '([\w.]+)' is not (?:accepted|expected)", line
+    )
+    if not unknown:
+        return line
+    key = unknown[1]
+    valid = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    parents = {name.rpartition(".")[0] for name in valid}
+    near = difflib.get_close_matches(key, valid + sorted(parents - {""}), n=1, cutoff=0.5)
+    if not near:  # a nested key may be reported without its parents
+        leaves = {name.rpartition(".")[2]: name for name in valid}
+        near = [leaves[n] for n in difflib.get_close_matches(key, leaves, n=1, cutoff=0.5)]
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown configuration key '{key}'{hint}"
+
+
+def _packaged(arguments: list[str], i: int) -> str:
+    """The argument, or the path of the packaged recipe it names."""
+    argument = arguments[i]
+    if argument.startswith("--config="):
+        return f"--config={_recipe_path(argument.partition('=')[2])}"
+    if i and arguments[i - 1] == "--config":
+        return _recipe_path(argument)
+    return argument
+
+
+def _recipe_path(name: str) -> str:
+    packaged = RECIPES / f"{name}.yaml"
+    if Path(name).is_file() or not packaged.is_file():
+        if not Path(name).is_file():
+            names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+            raise ValueError(f"--config: no file and no packaged recipe {name!r} (packaged: {names})")
+        return name
+    return str(packaged)
+
+
+def _resume_folder(arguments: list[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == "--resume":
+            if i + 1 == len(arguments):
+                raise ValueError("--resume: expected a run folder, got none")
+            folder = arguments[i + 1]
+        elif argument.startswith("--resume="):
+            folder = argument.partition("=")[2]
+        else:
+            continue
+        if not (Path(folder) / "config.yaml").is_file():
+            raise ValueError(f"--resume: {folder} is no run folder (no config.yaml in it)")
+        return folder
+    return None
+
+
+def _resolved(parser: Any, parsed: Any) -> str:
+    kept = parsed.clone()
+    for own in ("config", "resume"):
+        kept.pop(own, None)
+    return parser.dump(kept, skip_validation=True)
+
+
+def _refuse_changes(stored: str, now: str) -> None:
+    import yaml
+
+    before, after = _flat(yaml.safe_load(stored)), _flat(yaml.safe_load(now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and not key.startswith(FREE_ON_RESUME):
+            raise ValueError(
+                f"--resume: {key} was {before.get(key)!r} in that run, got {after.get(key)!r}; "
+                "a continued run keeps its configuration"
+            )
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {key: tree}
+    items = [_flat(value, f"{key}.{name}" if key else str(name)) for name, value in tree.items()]
+    return {k: v for item in items for k, v in item.items()}
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"trimtab-rl: error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _quieten() -> None:
+    """Leaves on the terminal what a person needs; warnings of the libraries below stay in reach."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    import pytorch_lightning  # noqa: F401 (its import sets its loggers' level)
+
+    for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        for package in ("pytorch_lightning", "lightning_fabric", "jsonargparse", "torch.utils"):
+            warnings.filterwarnings("ignore", module=package)

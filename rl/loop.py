@@ -1,0 +1,545 @@
+"""The RL loop as a Lightning module: roll out, score, update; strategies and checkpoints are Lightning's.
+
+One Lightning batch is one update: the problems of that update. Everything random in it is a function
+of (seed, update, prompt), so a resumed run needs no generator state and two processes sample what
+one would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..optim import AdamMini, LengthTriggeredLR
+from ..stability import group_metrics
+from .batch import RolloutBatch, collate
+from .config import RLConfig
+from .objective import Metrics, objective, policy_statistics, token_weights, trusted_rollouts
+from .rewards import RewardWorker
+from .rollout import Request, RolloutEngine, Sample, Sampling, TransformersEngine
+from .tasks import Problem, Task
+
+logger = logging.getLogger(__name__)
+
+SHOWN = {
+    "reward": "reward",
+    "length": "length",
+    "mismatch/abs_dlogp_mean": "mismatch",
+    "lr": "lr",
+}
+"""What the progress display shows: the metric's name and its short one."""
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """One prompt, its rollouts and their rewards.
+
+    Args:
+        number: of the prompt, over all processes and updates.
+        problem: what was asked.
+        prompt_ids: its token ids.
+        samples: the rollouts.
+        completions: their texts, for the reward function and for people.
+        rewards: one per rollout; None where it was lost.
+    """
+
+    number: int
+    problem: Problem
+    prompt_ids: list[int]
+    samples: list[Sample]
+    completions: list[str]
+    rewards: list[float | None]
+
+
+class ProblemData(pl.LightningDataModule):
+    """The problems of each update, split over the processes.
+
+    Args:
+        task: gives the problems.
+        prompts: problems an update, over all processes.
+        updates: updates of the run.
+    """
+
+    def __init__(self, task: Task, prompts: int, updates: int) -> None:
+        super().__init__()
+        self.task, self.prompts, self.updates = task, prompts, updates
+
+    def train_dataloader(self) -> DataLoader:
+        """One item per update that is left: its number and this process's (number, problem) pairs."""
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        return DataLoader(
+            _Updates(self, module, self.trainer.global_rank, self.trainer.world_size),
+            batch_size=None,
+        )
+
+
+class _Updates(IterableDataset):
+    def __init__(self, data: ProblemData, module: RLModule, rank: int, world: int) -> None:
+        self.data, self.module, self.rank, self.world = data, module, rank, world
+
+    def __len__(self) -> int:
+        return self.data.updates
+
+    def __iter__(self) -> Iterator[tuple[int, list[tuple[int, Problem]]]]:
+        share = self.data.prompts // self.world
+        for update in range(self.module.updates_done, self.data.updates):
+            first = update * self.data.prompts + self.rank * share
+            numbers = range(first, first + share)
+            yield update, [(n, self.data.task.problem("train", n)) for n in numbers]
+
+
+class RLModule(pl.LightningModule):
+    """Trains a policy on its own rollouts.
+
+    Args:
+        config: the run.
+        policy: causal LM; trained in the dtype it comes in.
+        tokenizer: turns prompts into ids once, and completions into text for the reward.
+        task: gives the reward function and the stop text.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+    ) -> None:
+        super().__init__()
+        # The update accumulates over parts of the batch and may take several steps.
+        self.automatic_optimization = False
+        self.config, self.policy, self.tokenizer, self.task = config, policy, tokenizer, task
+        self.updates_done = 0
+        self.skipped_updates = 0
+        self.last_groups: list[ScoredGroup] = []
+        self.engine: RolloutEngine | None = None
+        self.worker = RewardWorker(task.reward_function(), config.rollout.reward_timeout)
+        self.stop_token_ids = stop_token_ids(tokenizer, task)
+
+    # ---------------------------------------------------------------- Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Refuses what would not be exact, before anything is written."""
+        refuse_strategy(self.trainer.strategy)
+        if getattr(self.trainer, "scaler", None) is not None:
+            raise ValueError("trainer.precision: expected 32, 64 or bf16, got 16-mixed")
+        check_shares(self.config.rollout.prompts, self.trainer.world_size)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer and its length-triggered schedule."""
+        update = self.config.update
+        options: dict[str, Any] = dict(lr=update.lr, betas=update.betas, eps=update.eps)
+        if update.optimizer == "adam_mini":
+            optimizer: torch.optim.Optimizer = AdamMini.for_model(
+                self.policy, preset=update.blocks, weight_decay=update.weight_decay, **options
+            )
+        else:
+            trained = [p for p in self.policy.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(
+                [
+                    {"params": [p for p in trained if p.ndim > 1]},
+                    {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+                ],
+                weight_decay=update.weight_decay,
+                **options,
+            )
+        warmup = max(1, update.lr_warmup)
+        base = torch.optim.lr_scheduler.LambdaLR(optimizer, _LinearWarmup(warmup))
+        if update.length_rate is None:
+            return {"optimizer": optimizer, "lr_scheduler": base}
+        schedule = LengthTriggeredLR(
+            optimizer,
+            base,
+            warmup=update.length_rate.warmup,
+            ratio=update.length_rate.ratio,
+            smoothing=update.length_rate.smoothing,
+            period_factor=update.length_rate.period_factor,
+            decay=update.length_rate.decay,
+            floor=update.length_rate.floor,
+            mode=update.length_rate.mode,
+            max_length=self.config.rollout.max_tokens,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        """A batch is problems, not tensors."""
+        return batch
+
+    def on_fit_start(self) -> None:
+        """Makes the engine's copy of the policy."""
+        self.engine = self._make_engine()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trimtab"] = {
+            "updates_done": self.updates_done,
+            "skipped_updates": self.skipped_updates,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.updates_done = checkpoint["trimtab"]["updates_done"]
+        self.skipped_updates = checkpoint["trimtab"]["skipped_updates"]
+
+    def training_step(self, batch: tuple[int, list[tuple[int, Problem]]], batch_index: int) -> None:
+        """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
+        update, problems = batch
+        started = time.perf_counter()
+        assert self.engine is not None
+        self.engine.update_weights(self.policy.named_parameters(), version=update)
+        samples = self._roll_out(update, problems)
+        sampled = time.perf_counter()
+        groups, lost = self._score(problems, samples)
+        rollouts = collate(
+            [group.prompt_ids for group in groups],
+            [group.number for group in groups],
+            samples,
+            [group.rewards for group in groups],
+            self.device,
+        )
+        scored = time.perf_counter()
+        facts = self._rollout_facts(rollouts, lost)
+        metrics = self._update(rollouts, facts) if facts["rollouts"] else self._skip("no reward is left")
+        self.last_groups = groups
+        self.updates_done = update + 1
+        metrics |= facts | {
+            "update": float(update + 1),
+            "skipped_updates": float(self.skipped_updates),
+            "time/rollout": sampled - started,
+            "time/reward": scored - sampled,
+            "time/update": time.perf_counter() - scored,
+        }
+        # every rank has the same values already: reduced exactly, or averaged by _mean_over_ranks
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name in SHOWN, rank_zero_only=True)
+
+    def teardown(self, stage: str) -> None:
+        """Ends the reward process and frees the engine."""
+        self.worker.close()
+        if self.engine is not None:
+            self.engine.close()
+
+    # ---------------------------------------------------------------- the parts of an update
+
+    def _make_engine(self) -> RolloutEngine:
+        rollout = self.config.rollout
+        return TransformersEngine(
+            self.policy,
+            dtype=getattr(torch, rollout.dtype),
+            quantize_bits=rollout.quantize_bits,
+            max_rows=rollout.max_rows,
+        )
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """The run's sampling, with changes."""
+        rollout, pruning = self.config.rollout, self.config.update.pruning
+        options = dict(
+            n=rollout.group_size,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            min_p=0.0 if pruning is None else pruning.rho,
+            stop_token_ids=self.stop_token_ids,
+        )
+        return Sampling(**(options | changes))
+
+    def _roll_out(self, update: int, problems: list[tuple[int, Problem]]) -> list[list[Sample]]:
+        assert self.engine is not None
+        return self.engine.generate(
+            [
+                Request(
+                    self.tokenizer.encode(problem.prompt),
+                    self.sampling(seed=stable_seed(self.config.seed, "rollout", update, number)),
+                )
+                for number, problem in problems
+            ]
+        )
+
+    def _score(
+        self, problems: list[tuple[int, Problem]], samples: list[list[Sample]]
+    ) -> tuple[list[ScoredGroup], dict[str, float]]:
+        completions = [[self.completion(sample) for sample in group] for group in samples]
+        sizes = [len(group) for group in samples]
+        repeated = [p for (_, p), size in zip(problems, sizes, strict=True) for _ in range(size)]
+        scored = self.worker.score(
+            [problem.prompt for problem in repeated],
+            [text for group in completions for text in group],
+            [sample.token_ids for group in samples for sample in group],
+            [problem.columns for problem in repeated],
+        )
+        rewards = iter(scored.rewards)
+        groups = [
+            ScoredGroup(
+                number,
+                problem,
+                self.tokenizer.encode(problem.prompt),
+                group,
+                texts,
+                [next(rewards) for _ in group],
+            )
+            for (number, problem), group, texts in zip(problems, samples, completions, strict=True)
+        ]
+        lost = {"errors": float(scored.errors), "timeouts": float(scored.timeouts)}
+        return groups, lost
+
+    def completion(self, sample: Sample) -> str:
+        """The sample's text without the stop token: for reward functions and people, never for training."""
+        ids = sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
+        return self.tokenizer.decode(ids)
+
+    def _rollout_facts(self, batch: RolloutBatch, lost: dict[str, float]) -> dict[str, float]:
+        """Means over the rollouts of all processes, exactly."""
+        lengths = batch.mask.sum(-1)
+        sums = torch.tensor(
+            [
+                len(batch),
+                batch.rewards.sum().item(),
+                lengths.sum().item(),
+                lengths.square().sum().item(),
+                batch.truncated.sum().item(),
+                lost["errors"],
+                lost["timeouts"],
+            ],
+            dtype=torch.float64,
+            device="cpu" if self.device.type == "mps" else self.device,
+        )
+        if _world() > 1:
+            dist.all_reduce(sums)
+        n, reward, length, squares, truncated, errors, timeouts = sums.tolist()
+        facts = {"rollouts": n, "reward_errors": errors, "reward_timeouts": timeouts}
+        if n:
+            mean = length / n
+            facts |= {
+                "reward": reward / n,
+                "length": mean,
+                "length_std": max(0.0, squares / n - mean * mean) ** 0.5,
+                "truncated": truncated / n,
+            }
+        groups = group_metrics(batch.rewards, batch.group_ids) if len(batch) else {}
+        return facts | _mean_over_ranks(groups)
+
+    def _update(self, batch: RolloutBatch, facts: dict[str, float]) -> dict[str, float]:
+        """The optimizer's steps on one batch of rollouts."""
+        config, optimizer = self.config.update, self.optimizers()
+        process_group = dist.group.WORLD if _world() > 1 else None
+        parts = self._parts(batch)
+        old_logp: list[Tensor] = []
+        metrics: dict[str, float] = {}
+        for _ in range(config.epochs):
+            optimizer.zero_grad()
+            keep = self._kept_rollouts(batch, parts)
+            weights = token_weights(
+                batch, config, self.config.rollout.max_tokens, process_group, keep
+            )
+            found: list[tuple[int, Metrics]] = []
+            for i, rows in enumerate(parts):
+                part = batch.select(rows)
+                with self._without_gradient_sync():
+                    stats = self._statistics(part)
+                    if len(old_logp) == i:
+                        old_logp.append(stats.logp.detach())
+                    width = part.mask.shape[1]
+                    loss, part_metrics = objective(
+                        stats, part, weights[rows][:, :width], old_logp[i], config
+                    )
+                    self.manual_backward(loss)
+                found.append((int(part.mask.sum()), part_metrics | {"loss": loss.detach()}))
+            metrics = _mean_over_ranks(_merge(found))
+            self._add_gradients_of_ranks()
+            if not self._step(optimizer, metrics):
+                return self._skip("the gradient is not finite") | metrics
+        self._schedule(facts, metrics)
+        return metrics
+
+    def _without_gradient_sync(self) -> AbstractContextManager[None]:
+        """DDP would average after each part; `_add_gradients_of_ranks` sums once, after the last."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            return strategy.block_backward_sync()
+        return nullcontext()
+
+    def _parts(self, batch: RolloutBatch) -> list[Tensor]:
+        """[B] bool row masks of whole groups whose graphs are alive together."""
+        size = self.config.update.micro_prompts or len(batch.prompts)
+        parts = [
+            batch.rows_of_prompts(first, first + size)
+            for first in range(0, len(batch.prompts), size)
+        ]
+        return [rows for rows in parts if rows.any()]
+
+    def _statistics(self, part: RolloutBatch) -> Any:
+        update, rollout = self.config.update, self.config.rollout
+        return policy_statistics(self.policy, part, update, rollout.temperature)
+
+    def _kept_rollouts(self, batch: RolloutBatch, parts: list[Tensor]) -> Tensor | None:
+        """[B] bool for `denominator: kept`, which must be known before the first weight is."""
+        region = self.config.update.trust_region
+        if region is None or region.denominator == "total":
+            return None
+        keep = batch.mask.new_zeros(len(batch))
+        with torch.no_grad():
+            for rows in parts:
+                part = batch.select(rows)
+                keep[rows] = trusted_rollouts(self._statistics(part), part, self.config.update)[0]
+        return keep
+
+    def _add_gradients_of_ranks(self) -> None:
+        """Sums gradients over the processes: the weights already divide by global counts."""
+        if _world() == 1:
+            return
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        for p in trained:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in trained])
+        dist.all_reduce(flat)
+        for p, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+
+    def _step(self, optimizer: Any, metrics: dict[str, float]) -> bool:
+        """Clips and steps; False, and no step, if the gradient is not finite."""
+        config = self.config.update
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.parameters(), config.clip_norm or torch.inf
+        )
+        metrics["grad_norm"] = float(norm)
+        metrics["lr"] = float(optimizer.param_groups[0]["lr"])
+        if not torch.isfinite(norm):
+            return False
+        optimizer.step()
+        return True
+
+    def _schedule(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LengthTriggeredLR):
+            schedule.observe(facts["length"], facts["truncated"])  # it logs a surge itself
+            metrics["length_rate/factor"] = schedule.factor
+            metrics["length_rate/triggered"] = float(schedule.triggered_at is not None)
+        schedule.step()
+
+    def _skip(self, why: str) -> dict[str, float]:
+        self.skipped_updates += 1
+        logger.warning("update %d is skipped: %s", self.updates_done + 1, why)
+        return {}
+
+
+class _LinearWarmup:
+    """Factor of LambdaLR: 1/n, 2/n, .. 1. A class, because a closure does not pickle."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.steps)
+
+
+def refuse_strategy(strategy: Strategy) -> None:
+    """Raises for a strategy under which the update would not equal that of one process.
+
+    Args:
+        strategy: the trainer's.
+
+    Raises:
+        ValueError: neither a single device nor DDP.
+    """
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"trainer.strategy: expected a single device or ddp, got {type(strategy).__name__}; "
+            "others are refused until they are exact"
+        )
+
+
+def check_shares(prompts: int, world_size: int) -> None:
+    """Raises unless every process gets the same number of prompts.
+
+    Args:
+        prompts: of an update.
+        world_size: processes.
+
+    Raises:
+        ValueError: prompts is no multiple of world_size.
+    """
+    if prompts % world_size:
+        raise ValueError(
+            f"rollout.prompts: expected a multiple of the {world_size} processes, got {prompts}"
+        )
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int, ...]:
+    """Token ids that end a rollout: end-of-sequence, and the task's stop text.
+
+    Args:
+        tokenizer: of the policy.
+        task: its `stop` may be empty.
+
+    Returns:
+        The ids, each once.
+
+    Raises:
+        ValueError: the stop text is not a single token, or nothing could end a rollout.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if task.stop:
+        encoded = tokenizer.encode(task.stop, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise ValueError(f"stop: expected one token, {task.stop!r} is {encoded}")
+        ids += encoded
+    if not ids:
+        raise ValueError("stop: the tokenizer has no end-of-sequence token and the task no stop text")
+    return tuple(dict.fromkeys(ids))
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but its arguments."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _merge(parts: list[tuple[int, Metrics]]) -> dict[str, float]:
+    """Metrics of the parts of a batch: means weighted by tokens; extremes and sums as they are named."""
+    merged: dict[str, float] = {}
+    for name in sorted({name for _, metrics in parts for name in metrics}):
+        present = [(n, float(m[name])) for n, m in parts if name in m]
+        values = [value for _, value in present]
+        if name.endswith("_max"):
+            merged[name] = max(values)
+        elif name.endswith("_min"):
+            merged[name] = min(values)
+        elif name == "loss":
+            merged[name] = sum(values)
+        else:
+            merged[name] = sum(n * v for n, v in present) / sum(n for n, _ in present)
+    return merged
+
+
+def _mean_over_ranks(metrics: dict[str, Any]) -> dict[str, float]:
+    """Means over the processes that have the metric (the loss is a sum over them, as it is over parts).
+
+    For display only: the update itself uses exact sums.
+    """
+    own = {name: float(value) for name, value in metrics.items()}
+    if _world() == 1:
+        return own
+    gathered: list[dict[str, float]] = [{} for _ in range(_world())]
+    dist.all_gather_object(gathered, own)
+    names = dict.fromkeys(name for found in gathered for name in found)
+    values = {name: [found[name] for found in gathered if name in found] for name in names}
+    return {
+        name: sum(found) if name == "loss" else sum(found) / len(found)
+        for name, found in values.items()
+    }

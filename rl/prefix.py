@@ -1,0 +1,182 @@
+"""Logits of a group's responses with the prompt computed once: forward, and so backward.
+
+A group's packed row is `[prefix | r1 | r2 | .. | rG]`: a 4-D mask lets every response see the prefix
+and itself only, position ids go on at the end of the prefix, and the unmodified model does the rest.
+The prefix is prompt[:-1] and every response's input starts with the last prompt token, so that no
+prefix position has a loss and each response position is treated alike. Autograd then accumulates each
+response's gradient into the prefix's keys and values and goes through the prefix once.
+
+Source: shared-prefix training, arXiv 2606.01143. The packed row is one graph for the whole group; the
+three-phase schedule of that paper frees each response's graph early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Route = Literal["packed", "dense"]
+
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raises if sharing a prefix would change what the model computes.
+
+    Args:
+        model: a transformers causal LM.
+
+    Raises:
+        ValueError: rotary embeddings that depend on the current length, layers without full
+            attention, or attention dropout; the message names which.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    if kind in _LENGTH_DEPENDENT_ROPE:
+        raise ValueError(f"model: rope type {kind!r} depends on the current length, refused")
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"}:
+        raise ValueError(f"model: expected full attention in every layer, got {sorted(layers)}")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ValueError(f"model: sliding window of {config.sliding_window} tokens, refused")
+    for name in ("attention_dropout", "attn_pdrop"):
+        if getattr(config, name, 0.0):
+            raise ValueError(f"model: {name} is {getattr(config, name)}, expected 0")
+
+
+def response_logits(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    mask: Tensor,
+    group_index: Tensor,
+    *,
+    route: Route = "packed",
+) -> Tensor:
+    """Logits that predict each response token.
+
+    Args:
+        model: causal LM; called with input_ids, attention_mask, position_ids and logits_to_keep.
+        prompts: token ids of the P prompts, each at least one token.
+        tokens: [B, T] int64 response tokens, right-padded.
+        mask: [B, T] bool, True at response tokens; each row is True first, then False.
+        group_index: [B] int64 in [0, P): the prompt of each response.
+        route: `packed` computes each prompt once; `dense` repeats it for each response.
+
+    Returns:
+        [N, V] logits in the model's dtype; N = mask.sum(), in the order of `tokens[mask]`.
+
+    Raises:
+        ValueError: shapes do not match, a prompt is empty, a mask row has a gap, a response is
+            empty, or attention is neither `sdpa` nor `eager`.
+    """
+    lengths = _check(prompts, tokens, mask, group_index)
+    rows = _packed_rows(prompts, tokens, lengths, group_index) if route == "packed" else None
+    if rows is None:
+        rows = _dense_rows(prompts, tokens, lengths, group_index)
+    attention_mask = None
+    if route == "packed":
+        attention_mask = _additive_mask(model, rows.segment)
+    output = model(
+        input_ids=rows.ids,
+        attention_mask=attention_mask,
+        position_ids=rows.position if route == "packed" else None,
+        use_cache=False,
+        logits_to_keep=torch.arange(rows.first, rows.ids.shape[1], device=tokens.device),
+    )
+    return output.logits[rows.row, rows.column - rows.first]
+
+
+class _Rows:
+    """Model input: ids, positions and segments [R, L]; and where each response token is predicted.
+
+    segment: 0 in the prefix, i > 0 in the i-th response of the row, -1 in the padding.
+    row, column: [N] where the logits of each response token stand; first: least of the columns.
+    """
+
+    def __init__(self, ids: list[list[int]], position: list[list[int]], segment: list[list[int]],
+                 where: list[tuple[int, int]], device: torch.device) -> None:  # fmt: skip
+        self.ids = _padded(ids, 0, device)
+        self.position = _padded(position, 0, device)
+        self.segment = _padded(segment, -1, device)
+        places = torch.tensor(where, device=device)
+        self.row, self.column = places[:, 0], places[:, 1]
+        self.first = min(column for _, column in where)
+
+
+def _packed_rows(
+    prompts: Sequence[Sequence[int]], tokens: Tensor, lengths: list[int], group_index: Tensor
+) -> _Rows:
+    ids = [list(prompt[:-1]) for prompt in prompts]
+    position = [list(range(len(row))) for row in ids]
+    segment = [[0] * len(row) for row in ids]
+    count = [0] * len(prompts)
+    where = []
+    for response, group, length in zip(tokens.tolist(), group_index.tolist(), lengths, strict=True):
+        start, prefix = len(ids[group]), len(prompts[group]) - 1
+        count[group] += 1
+        ids[group] += [prompts[group][-1], *response[: length - 1]]
+        position[group] += range(prefix, prefix + length)
+        segment[group] += [count[group]] * length
+        where += [(group, start + t) for t in range(length)]
+    return _Rows(ids, position, segment, where, tokens.device)
+
+
+def _dense_rows(
+    prompts: Sequence[Sequence[int]], tokens: Tensor, lengths: list[int], group_index: Tensor
+) -> _Rows:
+    ids, where = [], []
+    for response, group, length in zip(tokens.tolist(), group_index.tolist(), lengths, strict=True):
+        prompt = list(prompts[group])
+        where += [(len(ids), len(prompt) - 1 + t) for t in range(length)]
+        ids.append(prompt + response[: length - 1])
+    nothing = [[0] for _ in ids]
+    return _Rows(ids, nothing, nothing, where, tokens.device)
+
+
+def _additive_mask(model: PreTrainedModel, segment: Tensor) -> Tensor:
+    """[R, 1, L, L]: column <= row, and in the prefix or in the same segment."""
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise ValueError(f"model: expected sdpa or eager attention, got {implementation!r}")
+    width = segment.shape[1]
+    seen = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
+    seen = seen & torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
+    # a float mask serves both: eager attention adds it, and bool would be added as 0 and 1
+    dtype = torch.get_autocast_dtype(segment.device.type)
+    if not torch.is_autocast_enabled(segment.device.type):
+        dtype = model.dtype
+    blocked = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
+    return blocked.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+
+
+def _check(
+    prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor, group_index: Tensor
+) -> list[int]:
+    """Length of each response."""
+    if tokens.ndim != 2 or mask.shape != tokens.shape or group_index.shape != tokens.shape[:1]:
+        found = f"{tuple(tokens.shape)}, {tuple(mask.shape)} and {tuple(group_index.shape)}"
+        raise ValueError(f"expected tokens [B, T], mask [B, T] and group_index [B], got {found}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool, got {mask.dtype}")
+    for group, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{group}]: expected at least one token, got none")
+    if not bool(((group_index >= 0) & (group_index < len(prompts))).all()):
+        raise ValueError(f"group_index: expected values in [0, {len(prompts)}), got {group_index}")
+    lengths = mask.sum(-1)
+    expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    bad = ((mask != expected).any(-1) | (lengths == 0)).nonzero()
+    if len(bad):
+        raise ValueError(f"mask: row {int(bad[0])} is empty or has a gap; expected True, then False")
+    return lengths.tolist()

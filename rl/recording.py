@@ -1,0 +1,248 @@
+"""What a run leaves behind: its folder, metrics as JSON lines, transcripts, a line per update."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from .loop import SHOWN, RLModule
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Names of everything in a run's folder.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.transcripts = path / "transcripts.jsonl"
+        self.summary = path / "summary.json"
+        self.report = path / "report.png"
+        self.checkpoints = path / "checkpoints"
+        self.policy = path / "policy"
+
+    @classmethod
+    def fresh(cls, run_dir: str | None, name: str) -> RunFolder:
+        """A folder for a new run; nothing is created yet.
+
+        Args:
+            run_dir: as configured; None makes runs/NAME-TIME.
+            name: of the recipe.
+
+        Raises:
+            ValueError: the folder holds another run, or is a file.
+        """
+        path = Path(run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(
+                f"run_dir: {path} already holds files; continue that run with --resume {path}, "
+                "or name another folder"
+            )
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: str) -> RunFolder:
+        """The folder of a run to resume.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            ValueError: it is no run's folder.
+        """
+        folder = cls(Path(path))
+        if not folder.config.is_file():
+            raise ValueError(f"resume: {path} is no run folder ({folder.config} is missing)")
+        return folder
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be read whole; broken ones are named in the log."""
+        for path in sorted(self.checkpoints.glob("update=*.ckpt"), reverse=True):
+            try:
+                torch.load(path, map_location="meta", weights_only=True)
+            except Exception as broken:
+                logger.warning("%s cannot be read (%s); taking the one before it", path, broken)
+            else:
+                return path
+        return None
+
+    def forget_after(self, updates: int) -> None:
+        """Drops the metric and transcript lines of updates beyond a checkpoint."""
+        for path in (self.metrics, self.transcripts):
+            if path.is_file():
+                kept = [json.dumps(row) for row in read_rows(path) if row["update"] <= updates]
+                replace_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line cut off by a crash is left out.
+
+    Args:
+        path: the file.
+
+    Returns:
+        One dict per whole line.
+
+    Raises:
+        ValueError: a line other than the last is not JSON (file and line).
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+    return rows
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that a crash leaves the old or the new one, whole."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+class JsonLinesLogger(Logger):
+    """Lightning logger that appends one JSON object per update to metrics.jsonl.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration has a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """One line: the metrics of an update, in full precision."""
+        row = {"update": int(metrics["update"])}
+        row |= {k: v for k, v in metrics.items() if k not in ("update", "epoch")}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class TranscriptWriter(Callback):
+    """Appends some rollouts to transcripts.jsonl.
+
+    Args:
+        path: the file.
+        every: updates between writes.
+        count: rollouts each time, spread over the prompts.
+        total: updates of the run; the last one is always written.
+    """
+
+    def __init__(self, path: Path, every: int, count: int, total: int) -> None:
+        self.path, self.every, self.count, self.total = path, every, count, total
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        update = module.updates_done
+        if not self.count or not (update == 1 or update % self.every == 0 or update == self.total):
+            return
+        rows = []
+        for i in range(self.count):
+            group = module.last_groups[i % len(module.last_groups)]
+            sample = i // len(module.last_groups) % len(group.samples)
+            rows.append(
+                {
+                    "update": update,
+                    "problem": group.problem.id,
+                    "prompt": group.problem.prompt,
+                    "completion": group.completions[sample],
+                    "reward": group.rewards[sample],
+                    "tokens": len(group.samples[sample].token_ids),
+                    "finish_reason": group.samples[sample].finish_reason,
+                }
+            )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def progress_display(label: str) -> Callback:
+    """A bar on a terminal; elsewhere a line every few seconds, which a log can keep.
+
+    Args:
+        label: what is going on.
+    """
+    return ProgressBar(label) if sys.stdout.isatty() else ProgressLines(label)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich progress bar under another label.
+
+    Args:
+        label: stands before the bar.
+    """
+
+    def __init__(self, label: str) -> None:
+        super().__init__(leave=True)
+        self.label = label
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.label
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        """What is shown behind the bar."""
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        return {SHOWN.get(name, name): f"{value:.3g}" for name, value in metrics.items()}
+
+
+class ProgressLines(Callback):
+    """Prints the shown metrics every few seconds.
+
+    Args:
+        label: stands before each line.
+        seconds: between lines.
+    """
+
+    def __init__(self, label: str, seconds: float = 5.0) -> None:
+        self.label, self.seconds = label, seconds
+        self._last = 0.0
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        total = trainer.num_training_batches
+        done = getattr(module, "updates_done", batch_idx + 1)
+        now = time.monotonic()
+        if now - self._last < self.seconds and done != total:
+            return
+        self._last = now
+        metrics = trainer.progress_bar_metrics
+        shown = "  ".join(f"{SHOWN.get(n, n)} {v:.3g}" for n, v in metrics.items())
+        print(f"{self.label} {done}/{total}  {shown}", flush=True)

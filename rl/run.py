@@ -1,0 +1,276 @@
+"""One run from its configuration to its folder: policy, trainer, training, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from .config import PolicyConfig, RLConfig
+from .evaluation import evaluate
+from .loop import ProblemData, RLModule, check_shares, refuse_strategy
+from .prefix import refuse_unsupported
+from .recording import (
+    JsonLinesLogger,
+    ProgressBar,
+    RunFolder,
+    TranscriptWriter,
+    progress_display,
+    read_rows,
+    replace_text,
+)
+from .report import draw_report, print_table
+from .tasks import Task
+from .warmup import warm_up
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A run, checked and ready; nothing is written before `train`.
+
+    Args:
+        config: what to run.
+        trainer_options: of Lightning's Trainer.
+        resume: folder of the run to continue, or None.
+        text: the resolved configuration, for the folder.
+
+    Raises:
+        ValueError: something in the configuration cannot be done on this machine.
+    """
+
+    def __init__(
+        self, config: RLConfig, trainer_options: dict[str, Any], resume: str | None, text: str
+    ) -> None:
+        self.config, self.text = config, text
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        if resume is not None:
+            self.folder = RunFolder.existing(resume)
+        elif rank_zero_only.rank == 0:
+            name = type(config.task).__name__.removesuffix("Task").lower()
+            self.folder = RunFolder.fresh(config.run_dir, name)
+        else:  # the first process has just made it
+            self.folder = RunFolder(Path(config.run_dir or "runs/of-rank-0"))
+        if config.policy.path is not None:
+            check_policy_folder(config.policy.path)
+        self.resuming = resume is not None
+        self.trainer = self._trainer(dict(trainer_options))
+        refuse_strategy(self.trainer.strategy)
+        check_shares(config.rollout.prompts, self.trainer.world_size)
+        if not isinstance(config.task, Task):
+            raise ValueError(f"task: expected a Task, got {type(config.task).__name__}")
+
+    def prepare(self) -> None:
+        """Loads the policy (or warms one up) and the checkpoint; writes only the warm-up's cache.
+
+        Raises:
+            ValueError: the policy cannot be loaded, or the checkpoint does not fit it.
+        """
+        config = self.config
+        torch.set_num_threads(
+            config.threads or max(1, (os.cpu_count() or 1) // self.trainer.num_devices)
+        )
+        policy, tokenizer = load_policy(config.policy, config.task)
+        refuse_unsupported(policy)
+        self.module = RLModule(config, policy, tokenizer, config.task)
+        self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
+        self.updates_done = 0
+        if self.checkpoint is not None:
+            self.updates_done = check_checkpoint(self.checkpoint, self.module)
+
+    def train(self) -> None:
+        """Trains to the end, and leaves the report."""
+        config, folder = self.config, self.folder
+        if self.updates_done >= config.updates:
+            print(f"{folder.path} is complete: {self.updates_done} updates. --updates raises them.")
+            return
+        if rank_zero_only.rank == 0:
+            if self.checkpoint is not None:
+                print(f"continuing {folder.path} after update {self.updates_done}", flush=True)
+            elif self.resuming:
+                print(f"{folder.path} has no whole checkpoint: from its beginning", flush=True)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            replace_text(folder.config, self.text)
+            folder.forget_after(self.updates_done)
+        self.trainer.fit(
+            self.module,
+            ProblemData(config.task, config.rollout.prompts, config.updates),
+            ckpt_path=self.checkpoint,
+            weights_only=True,
+        )
+        if rank_zero_only.rank == 0:
+            self._finish()
+
+    def _trainer(self, options: dict[str, Any]) -> pl.Trainer:
+        record, folder = self.config.record, self.folder
+        extra = options.pop("callbacks", None) or []
+        shown = options.pop("enable_progress_bar", None) is not False
+        display = progress_display("RL") if shown else None
+        callbacks: list[Callback] = [
+            HeldOutEvaluation(folder),
+            TranscriptWriter(
+                folder.transcripts,
+                record.transcripts_every,
+                record.transcripts,
+                self.config.updates,
+            ),
+            ModelCheckpoint(
+                dirpath=folder.checkpoints,
+                filename="update={step:06.0f}",
+                auto_insert_metric_name=False,
+                monitor="step",
+                mode="max",
+                save_top_k=record.keep_checkpoints,
+                every_n_train_steps=record.checkpoint_every,
+            ),
+            *([display] if display is not None else []),
+            *(extra if isinstance(extra, list) else [extra]),
+        ]
+        try:
+            return pl.Trainer(
+                max_epochs=1,
+                logger=[
+                    JsonLinesLogger(folder.metrics),
+                    TensorBoardLogger(folder.path, name="", version="tensorboard"),
+                ],
+                callbacks=callbacks,
+                default_root_dir=folder.path,
+                log_every_n_steps=1,
+                num_sanity_val_steps=0,
+                enable_model_summary=False,
+                enable_progress_bar=isinstance(display, ProgressBar),
+                use_distributed_sampler=False,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+        except (MisconfigurationException, RuntimeError, TypeError) as refused:
+            raise ValueError(f"trainer: {refused}") from refused
+
+    def _finish(self) -> None:
+        module, folder = self.module, self.folder
+        if not folder.metrics.is_file():
+            return
+        rows = read_rows(folder.metrics)
+        summary = json.loads(folder.summary.read_text()) if folder.summary.is_file() else {}
+        summary["updates"] = module.updates_done
+        summary["seconds"] = {
+            part: sum(row.get(f"time/{part}", 0.0) for row in rows)
+            for part in ("rollout", "reward", "update")
+        }
+        replace_text(folder.summary, json.dumps(summary, indent=1))
+        draw_report(folder.metrics, folder.report)
+        if module.updates_done < self.config.updates:
+            print(f"stopped after update {module.updates_done}: --resume {folder.path} goes on")
+            return
+        module.policy.save_pretrained(folder.policy)
+        module.tokenizer.save_pretrained(folder.policy)
+        print_table(summary, folder.path)
+
+
+class HeldOutEvaluation(Callback):
+    """Accuracy on held-out problems before the first update and after the last.
+
+    Args:
+        folder: of the run; its summary keeps the results.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, module: RLModule) -> None:
+        if module.updates_done == 0:
+            self._evaluate(module, "before")
+
+    def on_train_end(self, trainer: pl.Trainer, module: RLModule) -> None:
+        if module.updates_done >= module.config.updates:
+            self._evaluate(module, "after")
+
+    def _evaluate(self, module: RLModule, when: str) -> None:
+        if not module.config.evaluation.problems:
+            return
+        started = time.time()
+        result = evaluate(module, module.engine, module.updates_done).as_dict()
+        result["seconds"] = time.time() - started
+        if rank_zero_only.rank == 0:
+            path = self.folder.summary
+            summary = json.loads(path.read_text()) if path.is_file() else {}
+            replace_text(path, json.dumps(summary | {when: result}, indent=1))
+
+
+def check_policy_folder(path: str) -> None:
+    """Raises unless a folder can hold a transformers model.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: there is no such folder, or no config.json in it.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"policy.path: {path} is no model folder (no config.json in it)")
+
+
+def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]:
+    """The policy in fp32 and its tokenizer.
+
+    Args:
+        config: a folder, or the warm-up that makes one.
+        task: gives the warm-up's documents.
+
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        ValueError: the folder holds no causal LM or no tokenizer, or the task has no documents.
+    """
+    if config.warmup is not None:
+        if not hasattr(task, "document"):
+            raise ValueError(f"policy.warmup: {type(task).__name__} has no documents to learn from")
+        path = warm_up(task, config.warmup, [progress_display("warm-up")])
+    else:
+        path = Path(config.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"policy.path: cannot load {path}: {error}") from error
+    return model, tokenizer
+
+
+def check_checkpoint(path: Path, module: RLModule) -> int:
+    """Raises unless a checkpoint fits the module.
+
+    Args:
+        path: a Lightning checkpoint.
+        module: as configured.
+
+    Returns:
+        Updates done when it was written.
+
+    Raises:
+        ValueError: a weight is missing, unknown or of another shape, or it is no checkpoint of ours.
+    """
+    checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    if "trimtab" not in checkpoint:
+        raise ValueError(f"resume: {path} was not written by trimtab-rl")
+    own, stored = module.state_dict(), checkpoint["state_dict"]
+    for name in sorted(own.keys() | stored.keys()):
+        expected = tuple(own[name].shape) if name in own else "no such weight"
+        found = tuple(stored[name].shape) if name in stored else "nothing"
+        if expected != found:
+            raise ValueError(f"resume: {path} does not fit: {name}: expected {expected}, got {found}")
+    return checkpoint["trimtab"]["updates_done"]

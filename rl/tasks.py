@@ -1,0 +1,209 @@
+"""Where problems come from and how a completion is scored.
+
+A task turns an index into a `Problem` (the same index always gives the same problem, so a resumed
+run needs no data state) and names the reward function that a `RewardWorker` calls in its own process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .rewards import RewardFunction, import_function, reasoning_gym_reward
+
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem of a task.
+
+    Args:
+        id: stable name of the problem, unique within its split.
+        prompt: the text the policy continues; tokenised once, never re-tokenised.
+        columns: whatever the reward function needs besides the completion (JSON-like values).
+    """
+
+    id: str
+    prompt: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """What the loop asks of a task.
+
+    `stop` is the text whose single token ends an answer, beside the tokenizer's end-of-sequence
+    token; empty means that token alone. A task may also have `label(completion) -> str`: the
+    evaluation then reports each label's share and accuracy.
+    """
+
+    stop: str = ""
+
+    @abstractmethod
+    def problem(self, split: Split, index: int) -> Problem:
+        """Problem number `index` >= 0 of a split; a pure function of its arguments."""
+
+    @abstractmethod
+    def reward_function(self) -> RewardFunction:
+        """A picklable function `(prompts, completions, completion_ids, **columns) -> rewards`."""
+
+
+class ReasoningGymTask(Task):
+    """Problems and scores of one reasoning-gym generator.
+
+    Args:
+        name: the generator's name, e.g. `chain_sum` (`reasoning_gym.factory.DATASETS` lists them).
+        params: its own parameters, e.g. `{min_terms: 2, max_terms: 5}`.
+        template: prompt text; `{question}` is replaced by the generator's question.
+        answer_after: the answer is what follows the last occurrence of this text in the completion;
+            empty takes the whole completion. A completion without it scores 0.
+        threshold: scores of at least this are 1, others 0 (some generators give consolation scores);
+            null keeps the generator's score in [0, 1].
+        stop: text of the token that ends an answer; empty relies on the end-of-sequence token.
+        seed: of the training problems; held-out problems come from another seed.
+
+    Raises:
+        ValueError: no such generator (with the nearest names), or it refuses a parameter.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        params: dict[str, Any] | None = None,
+        template: str = "{question}\n",
+        answer_after: str = "",
+        threshold: float | None = 0.99,
+        stop: str = "",
+        seed: int = 0,
+    ) -> None:
+        if "{question}" not in template:
+            raise ValueError(f"template: expected a text with {{question}}, got {template!r}")
+        self.name, self.params, self.template = name, dict(params or {}), template
+        self.answer_after, self.threshold, self.stop, self.seed = answer_after, threshold, stop, seed
+        self._sets = {
+            "train": _reasoning_gym_set(name, self.params, seed),
+            "heldout": _reasoning_gym_set(name, self.params, seed + HELDOUT_SEED_OFFSET),
+        }
+
+    def entry(self, split: Split, index: int) -> dict[str, Any]:
+        """The generator's own entry number `index` (question, answer, metadata)."""
+        return self._sets[split][index]
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Problem number `index` >= 0 of `train` or `heldout`."""
+        entry = self.entry(split, index)
+        prompt = self.template.replace("{question}", entry["question"])
+        return Problem(f"{split}/{index}", prompt, {"entry": entry})
+
+    def reward_function(self) -> RewardFunction:
+        """The generator's own `score_answer`, thresholded."""
+        return reasoning_gym_reward(self.name, self.params, self.answer_after, self.threshold)
+
+
+HELDOUT_SEED_OFFSET = 1_000_003
+ENDLESS = 2**31 - 1  # reasoning-gym makes entry i from (seed, i) on demand, so a set has no cost
+
+
+def _reasoning_gym_set(name: str, params: dict[str, Any], seed: int) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ModuleNotFoundError as missing:
+        raise ValueError("task: reasoning-gym is not installed; pip install 'trimtab[rl]'") from missing
+    if name not in DATASETS:
+        near = ", ".join(difflib.get_close_matches(name, DATASETS, n=3)) or "none"
+        raise ValueError(f"name: expected a reasoning-gym generator, got {name!r}; nearest: {near}")
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed, size=ENDLESS, **params)
+    except (TypeError, AssertionError, ValueError) as refused:
+        raise ValueError(f"params: {name} refuses {params}: {refused}") from refused
+
+
+class JsonLinesTask(Task):
+    """Prompts from a JSON-lines file and a reward function named as `package.module:function`.
+
+    Each line is an object with a string `prompt`; its other keys reach the reward function as
+    columns. The function has the form TRL uses: `(prompts, completions, completion_ids, **columns)`,
+    lists in, a list of float or None out (None excludes the rollout).
+
+    Args:
+        path: the training file.
+        reward: `package.module:function`, importable from where the run is started.
+        heldout_path: file of held-out prompts; null holds out every tenth line of `path`.
+        stop: text of the token that ends an answer; empty relies on the end-of-sequence token.
+
+    Raises:
+        ValueError: a file is missing, empty or malformed (with file and line), or the reward
+            function cannot be imported.
+    """
+
+    def __init__(
+        self, path: str, reward: str, heldout_path: str | None = None, stop: str = ""
+    ) -> None:
+        self.stop = stop
+        self._reward = import_function(reward)
+        rows = read_json_lines(Path(path))
+        if heldout_path is not None:
+            heldout = read_json_lines(Path(heldout_path))
+        else:
+            heldout = rows[9::10] or rows
+            rows = [row for i, row in enumerate(rows) if i % 10 != 9]
+        self._rows = {"train": rows, "heldout": heldout}
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Row `index` of a split, starting over at its end."""
+        rows = self._rows[split]
+        row = rows[index % len(rows)]
+        columns = {key: value for key, value in row.items() if key != "prompt"}
+        return Problem(f"{split}/{index % len(rows)}", row["prompt"], columns)
+
+    def reward_function(self) -> RewardFunction:
+        """The function named in the configuration."""
+        return self._reward
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file of prompts.
+
+    Args:
+        path: the file; empty lines are skipped.
+
+    Returns:
+        One dict per line, each with a non-empty string under `prompt`.
+
+    Raises:
+        ValueError: the file is missing or holds no prompt; or a line is malformed: file:line and why.
+    """
+    if not path.is_file():
+        raise ValueError(f"path: expected a JSON-lines file, {path} does not exist")
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(_row(line, f"{path}:{number}"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path: {path} is not UTF-8 text: {error}") from error
+    if not rows:
+        raise ValueError(f"path: {path} holds no prompt")
+    return rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"{where}: expected a non-empty string under 'prompt', got {prompt!r}")
+    for key in ("completions", "completion_ids", "prompts"):
+        if key in row:
+            raise ValueError(f"{where}: the key {key!r} is reserved for the reward function")
+    return row

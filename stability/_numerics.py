@@ -1,0 +1,97 @@
+"""Checks and safe arithmetic shared by the files of this folder.
+
+Shapes: B sequences, T tokens. A mask is [B, T] bool, True at a token the policy generated. What
+stands at a masked position never matters, not even NaN: it is replaced, not multiplied by zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8 is outside every trust region, and its square still fits fp32
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in at least fp32; fp64 stays fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with zeros where `mask` is False, in value and in gradient, whatever stood there."""
+    return torch.where(mask, x, x.new_zeros(()))
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), with the log-ratio clamped before the exp."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def excess(log_ratio: Tensor) -> Tensor:
+    """ratio - 1 without cancellation near 1, clamped as `ratio` is."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expm1()
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """ratio - 1 - ln ratio >= 0, an estimate of the KL from samples; clamped as `ratio` is."""
+    clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (clamped.expm1() - clamped).clamp_min(0)
+
+
+def mean_over(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` where `mask` is True, 0 where nothing is; a 0-d tensor."""
+    return masked(x, mask).sum() / mask.sum().clamp_min(1)
+
+
+def row_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """[B] mean of `x` over the unmasked tokens of a row, 0 for an all-masked row."""
+    return masked(x, mask).sum(1) / mask.sum(1).clamp_min(1)
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"expected {name} {letters} = {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] == 0:
+        raise ValueError(
+            f"expected mask [B, T] of torch.bool, T >= 1, got {tuple(mask.shape)} of {mask.dtype}"
+        )
+
+
+def check_finite(name: str, x: Tensor, counted: Tensor | None = None) -> None:
+    """Raise at the first NaN or inf of `x` where `counted` (bool as `x`; None: all) is True."""
+    bad = ~x.isfinite() if counted is None else ~x.isfinite() & counted
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"expected finite {name} where it counts, got {x[position].item()} at {position}"
+        )
+
+
+def check_tokens(name: str, x: Tensor, mask: Tensor) -> None:
+    """`x` must be [B, T] as the mask is, and finite at every unmasked position."""
+    check_shape(name, x, mask.shape, "[B, T]")
+    check_finite(name, x, mask)
+
+
+def check_groups(group_ids: Tensor, rows: int) -> None:
+    check_shape("group_ids", group_ids, (rows,), "[B]")
+    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
+        raise ValueError(f"expected group_ids of an integer dtype, got {group_ids.dtype}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")
+
+
+def valid_rows(valid: Tensor | None, like: Tensor) -> Tensor:
+    """[B] bool: `valid`, or all True when it is None; `like` gives B and the device."""
+    if valid is None:
+        return torch.ones(like.shape[0], dtype=torch.bool, device=like.device)
+    check_shape("valid", valid, like.shape[:1], "[B]")
+    if valid.dtype != torch.bool:
+        raise ValueError(f"expected valid of torch.bool, got {valid.dtype}")
+    return valid

@@ -1,0 +1,83 @@
+"""Bounds on the error of the surrogate objective, from the divergences of two policies.
+
+Shapes: T tokens of horizon. eps = largest token TV, delta = largest token KL, D = sums over a
+sequence.
+
+    classical_tv          2 T (T - 1) eps^2                     classical_kl   T (T - 1) delta
+    coupling              4 min(1, eps) sum_t min(1, (t - 1) eps)
+    pinsker_marginal_kl   4 min(1, sqrt(delta / 2)) sum_t min(1, sqrt((t - 1) delta / 2))
+    pinsker_marginal_tv   4 min(1, eps) sum_t min(1, sqrt((t - 1) delta / 2))
+    mixed_kl              4 T min(1, sqrt(delta / 2)) min(1, sqrt(D_kl / 2))
+    mixed_tv              4 T min(1, eps) min(1, D_tv)
+    adaptive              4 sum_t E[TV_t] min(1, (T - t) eps, sqrt((T - t) delta / 2))
+    unified               the smallest of them
+
+Source: arXiv 2512.23075.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def trust_region_bounds(
+    horizon: int,
+    max_kl: float,
+    max_tv: float,
+    sequence_kl: float,
+    sequence_tv: float,
+    *,
+    token_tv: Tensor | None = None,
+) -> dict[str, float]:
+    """Upper bounds on the error of the surrogate objective, for rewards in [0, 1].
+
+    A value above 1 certifies nothing: report it as an indicator.
+
+    Args:
+        horizon: T >= 1, tokens.
+        max_kl: delta, the largest KL of one token, nats.
+        max_tv: eps, the largest total variation of one token.
+        sequence_kl: sum of the KL over the sequence, nats.
+        sequence_tv: sum of the total variation over the sequence.
+        token_tv: [horizon] expected total variation of the t-th token, for the adaptive bound;
+            None: max_tv at every token, which can only raise it.
+
+    Returns:
+        `classical_tv`, `classical_kl`, `coupling`, `pinsker_marginal_kl`, `pinsker_marginal_tv`,
+        `mixed_kl`, `mixed_tv`, `adaptive`, and `unified`, the smallest of them.
+
+    Raises:
+        ValueError: the horizon is below 1, or a divergence is negative or not finite.
+
+    Source:
+        arXiv 2512.23075.
+    """
+    if horizon < 1:
+        raise ValueError(f"expected horizon >= 1, got {horizon}")
+    scalars = dict(max_kl=max_kl, max_tv=max_tv, sequence_kl=sequence_kl, sequence_tv=sequence_tv)
+    for name, value in scalars.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"expected {name} >= 0 and finite, got {value}")
+    if token_tv is not None and tuple(token_tv.shape) != (horizon,):
+        raise ValueError(f"expected token_tv [horizon] = ({horizon},), got {tuple(token_tv.shape)}")
+    eps, pinsker = min(1.0, max_tv), min(1.0, math.sqrt(max_kl / 2))
+    before = torch.arange(horizon, dtype=torch.float64)  # t - 1
+    after = before.flip(0)  # T - t
+    marginal_tv = (before * max_tv).clamp_max(1).sum().item()
+    marginal_kl = (before * max_kl / 2).sqrt().clamp_max(1).sum().item()
+    reach = (after * max_tv).minimum((after * max_kl / 2).sqrt()).clamp_max(1)
+    tv = torch.full_like(after, eps) if token_tv is None else token_tv.double().cpu()
+    bounds = {
+        "classical_tv": 2 * horizon * (horizon - 1) * max_tv**2,
+        "classical_kl": horizon * (horizon - 1) * max_kl,
+        "coupling": 4 * eps * marginal_tv,
+        "pinsker_marginal_kl": 4 * pinsker * marginal_kl,
+        "pinsker_marginal_tv": 4 * eps * marginal_kl,
+        "mixed_kl": 4 * horizon * pinsker * min(1.0, math.sqrt(sequence_kl / 2)),
+        "mixed_tv": 4 * horizon * eps * min(1.0, sequence_tv),
+        "adaptive": 4 * (tv * reach).sum().item(),
+    }
+    return bounds | {"unified": min(bounds.values())}

@@ -1,0 +1,82 @@
+"""Statistics of the tokens of padded responses, and the group sums that this folder shares.
+
+Shapes: B sequences, T tokens, V vocabulary entries, N = B * T flattened tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..triton_kernels.token_stats import TokenStats, token_stats
+from ._numerics import check_finite, check_mask, check_shape, masked
+
+_IGNORED = -100
+
+
+def response_statistics(
+    logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    prune: float | None = None,
+) -> TokenStats:
+    """Log-probability, entropy and collision probability of every generated token, shaped [B, T].
+
+    Masked positions are skipped, not computed and thrown away. Pass the model's logits whole, with
+    mask False at the prompt: a slice such as logits[:, 5:] is not one block of memory and is
+    copied.
+
+    Args:
+        logits: [B, T, V], fp32/bf16/fp16; logits[b, t] predicts tokens[b, t].
+        tokens: [B, T] int64, each in [0, V) where mask is True; anything elsewhere.
+        mask: [B, T] bool, True at a generated token.
+        temperature: > 0; statistics are of softmax(logits / temperature).
+        prune: rho in (0, 1): statistics are of the safe vocabulary (see `pruning.py`); None: of all
+            of V.
+
+    Returns:
+        TokenStats of [B, T] tensors, zero (False) at masked positions and differentiable as
+        `token_stats` is; log_kept_mass, safe_count and in_safe_set are None unless prune is given.
+
+    Raises:
+        ValueError: shapes do not match, or a generated token has no finite log-probability.
+
+    Source:
+        sum_p2 as arXiv 2602.07078 uses it; the safe vocabulary of arXiv 2512.23087.
+    """
+    check_mask(mask)
+    if logits.ndim != 3:
+        raise ValueError(f"expected logits [B, T, V], got {tuple(logits.shape)}")
+    check_shape("logits", logits, (*mask.shape, logits.shape[-1]), "[B, T, V]")
+    check_shape("tokens", tokens, mask.shape, "[B, T]")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"expected tokens of int64, got {tokens.dtype}")
+    labels = torch.where(mask, tokens, _IGNORED).reshape(-1)
+    flat = token_stats(
+        logits.reshape(-1, logits.shape[-1]),
+        labels,
+        temperature=temperature,
+        prune=prune,
+        ignore_index=_IGNORED,
+    )
+    stats = TokenStats(*(x if x is None else masked(x.reshape(mask.shape), mask) for x in flat))
+    check_finite("log-probability of (logits, tokens)", stats.logp.detach(), mask)
+    return stats
+
+
+def group_index(group_ids: Tensor) -> tuple[Tensor, int]:
+    """Rank of each row's group among the sorted ids: ([B] int64 in 0..n-1, n)."""
+    ids, index = torch.unique(group_ids, return_inverse=True)
+    return index, ids.numel()
+
+
+def segment_sum(values: Tensor, index: Tensor, n: int) -> Tensor:
+    """[n, ...] sums of the rows of `values` [B, ...] that share an index."""
+    return values.new_zeros((n, *values.shape[1:])).index_add(0, index, values)
+
+
+def segment_min(values: Tensor, index: Tensor, n: int) -> Tensor:
+    """[n] minima of the entries of `values` [B] that share an index; inf where there is none."""
+    return values.new_full((n,), torch.inf).scatter_reduce(0, index, values, "amin")

@@ -1,0 +1,188 @@
+"""Optimal Token Baseline: one baseline per group and token position, weighted by gradient energy.
+
+Shapes: B sequences in groups that share a prompt, T tokens. m = mask, r = token reward, p =
+softmax(z), y = sampled token, is = truncated importance weight (1 when absent), sums over i run
+over one group.
+
+    w_t = 1 - 2 p(y_t) + sum_v p(v)^2 = ||onehot(y_t) - p||^2      in [0, 2)
+    W_t = sum_{j<=t} m_j is_j^2 w_j                                energy so far
+    R_t = sum_{k>=t} m_k r_k                                       reward to go, no discount
+    B_t = sum_i m R W / (sum_i m W + 1e-8)
+    A_t = (R_t - B_t) m_t                                          no division by a deviation
+
+Source: arXiv 2602.07078. Cost: a few fp64 tensors of [B, T]; nothing of the vocabulary's size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._numerics import (
+    check_choice,
+    check_groups,
+    check_mask,
+    check_shape,
+    check_tokens,
+    masked,
+    mean_over,
+    row_mean,
+    valid_rows,
+    wide,
+)
+from .statistics import group_index, segment_sum
+
+_EPS = 1e-8
+
+
+def logit_gradient_proxy(logp: Tensor, sum_p2: Tensor) -> Tensor:
+    """Squared norm of d logp / d logits of a sampled token, from two of its statistics.
+
+    Args:
+        logp: any shape, log-probability of the sampled token in nats, <= 0.
+        sum_p2: as logp, sum over the vocabulary of p^2, in (0, 1].
+
+    Returns:
+        1 - 2 exp(logp) + sum_p2 in at least fp32, detached, clamped at 0 against rounding.
+
+    Raises:
+        ValueError: shapes do not match.
+
+    Source:
+        arXiv 2602.07078.
+    """
+    check_shape("sum_p2", sum_p2, logp.shape, "shaped as logp")
+    return (1 - 2 * wide(logp.detach()).clamp_max(0).exp() + wide(sum_p2.detach())).clamp_min(0)
+
+
+@torch.no_grad()
+def optimal_token_baseline(
+    token_rewards: Tensor,
+    mask: Tensor,
+    logp: Tensor,
+    sum_p2: Tensor,
+    group_ids: Tensor,
+    *,
+    alignment: Literal["column", "model_token"] = "column",
+    leave_one_out: bool = False,
+    importance: Tensor | None = None,
+    tail: Literal["zero_baseline", "keep"] = "zero_baseline",
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Reward to go minus the energy-weighted mean reward to go of the group at the same position.
+
+    A position is masked or counts; a gap in the mask (a tool's tokens) adds nothing to W and R and
+    has no part in any baseline. The baseline reads `logp` and `sum_p2` of the policy that is being
+    updated.
+
+    Args:
+        token_rewards: [B, T]; an outcome reward sits on a generated token (masked rewards are
+            ignored).
+        mask: [B, T] bool, True at a generated token.
+        logp: [B, T] log-probability of the sampled token, nats.
+        sum_p2: [B, T] sum over the vocabulary of p^2.
+        group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
+        alignment: what "the same position" is: the response's column, or the index among the
+            rollout's own generated tokens. With tool calls only "model_token" is meaningful.
+        leave_one_out: keep a rollout out of its own baseline. That is unbiased; the in-sample form
+            shrinks the expected gradient.
+        importance: [B, T] truncated weights pi / pi_rollout; they enter W squared and nothing else.
+        tail: beyond the end of the group's second-longest rollout, "zero_baseline" sets B = 0, so A
+            = R; "keep" lets the survivor be its own baseline, so A = 0 up to the 1e-8. With
+            leave_one_out the survivor has no baseline and both give A = R.
+        valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+
+    Returns:
+        Advantages [B, T] in at least fp32, 0 at masked positions. A group with one rollout that has
+        tokens takes B = 0; an all-masked rollout changes nothing for the others.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, or an input that counts is not finite.
+
+    Source:
+        arXiv 2602.07078; `tail` and `alignment` as in the authors' code.
+    """
+    check_mask(mask)
+    check_groups(group_ids, mask.shape[0])
+    check_choice("alignment", alignment, ("column", "model_token"))
+    check_choice("tail", tail, ("zero_baseline", "keep"))
+    counted = mask & valid_rows(valid, mask)[:, None]
+    check_tokens("token_rewards", token_rewards, counted)
+    check_tokens("logp", logp, counted)
+    check_tokens("sum_p2", sum_p2, counted)
+    energy = logit_gradient_proxy(logp.double(), sum_p2.double())
+    if importance is not None:
+        check_tokens("importance", importance, counted)
+        energy = energy * importance.double().square()
+
+    energy_so_far = masked(energy, counted).cumsum(1)
+    to_go = masked(token_rewards.double(), counted).flip(1).cumsum(1).flip(1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    own_index = (counted.cumsum(1) - 1).clamp_min(0)
+    position = own_index if alignment == "model_token" else columns.expand_as(mask)
+    index, n = group_index(group_ids)
+    slot = index[:, None] * mask.shape[1] + position
+
+    def group_sum(values: Tensor) -> Tensor:
+        return segment_sum(values.flatten(), slot.flatten(), n * mask.shape[1])[slot]
+
+    weight = masked(energy_so_far, counted)
+    numerator, denominator = group_sum(weight * to_go), group_sum(weight)
+    if leave_one_out:  # fp64: what is left can be small beside what is taken away
+        numerator, denominator = numerator - weight * to_go, (denominator - weight).clamp_min(0)
+    baseline = numerator / (denominator + _EPS)
+
+    end = torch.where(counted, position + 1, 0).amax(1)
+    alive = segment_sum((columns < end[:, None]).long(), index, n)  # rollouts that reach a position
+    alone = (alive[:, 0] <= 1)[index][:, None]
+    if tail == "zero_baseline":
+        alone = alone | (alive.flatten()[slot] <= 1)
+    advantages = masked(to_go - baseline.masked_fill(alone, 0), counted)
+    return advantages.to(wide(token_rewards).dtype)
+
+
+@torch.no_grad()
+def gradient_variance_proxy(
+    advantages: Tensor,
+    logp: Tensor,
+    sum_p2: Tensor,
+    mask: Tensor,
+    *,
+    grad_norm: Tensor | float | None = None,
+) -> dict[str, Tensor]:
+    """Power of the policy gradient at the logits, to be watched against its signal.
+
+    Args:
+        advantages: [B, T].
+        logp: [B, T], nats.
+        sum_p2: [B, T].
+        mask: [B, T] bool.
+        grad_norm: norm of the batch's gradient, if the caller has it.
+
+    Returns:
+        0-d tensors: `variance/total_power`, the mean over responses with tokens of
+        mean_t(A)^2 * sum_t w; `variance/mean_energy`, the mean of w over tokens; with grad_norm
+        also `variance/signal` = grad_norm^2. Empty when there is no token.
+
+    Raises:
+        ValueError: shapes do not match, or an unmasked input is not finite.
+
+    Source:
+        arXiv 2602.07078 (the authors' variance monitor).
+    """
+    check_mask(mask)
+    for name, x in (("advantages", advantages), ("logp", logp), ("sum_p2", sum_p2)):
+        check_tokens(name, x, mask)
+    if not mask.any():
+        return {}
+    energy = logit_gradient_proxy(logp, sum_p2)
+    power = row_mean(wide(advantages), mask).square() * masked(energy, mask).sum(1)
+    metrics = {
+        "variance/total_power": mean_over(power, mask.any(1)),
+        "variance/mean_energy": mean_over(energy, mask),
+    }
+    if grad_norm is not None:
+        metrics["variance/signal"] = torch.as_tensor(grad_norm, device=power.device).detach() ** 2
+    return metrics

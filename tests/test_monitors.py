@@ -1,0 +1,120 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.stability import clip_metrics, group_metrics
+
+
+def groups(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 14, (), generator=generator))
+    rewards = torch.rand(n, generator=generator).round()
+    ids = 3 * torch.randint(-2, 3, (n,), generator=generator)
+    return rewards, ids, torch.rand(n, generator=generator) < 0.7
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**20))
+def test_group_fractions_match_their_definition(seed):
+    rewards, ids, valid = groups(seed)
+    dirty = torch.where(valid, rewards, float("nan"))
+    metrics = {name: value.item() for name, value in group_metrics(dirty, ids, valid).items()}
+    outcomes = [set(rewards[valid & (ids == i)].tolist()) for i in set(ids[valid].tolist())]
+    if not outcomes:
+        assert metrics == {}
+        return
+    share = lambda wanted: sum(o == wanted for o in outcomes) / len(outcomes)
+    expected = {
+        "groups/mixed": share({0.0, 1.0}),
+        "groups/all_pass": share({1.0}),
+        "groups/all_fail": share({0.0}),
+        "groups/count": len(outcomes),
+    }
+    assert metrics == pytest.approx(expected)
+    unmarked = group_metrics(rewards, ids, valid)  # an invalid reward that looks like any other
+    assert {name: value.item() for name, value in unmarked.items()} == metrics
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    permuted = group_metrics(dirty[order], ids[order], valid[order])
+    assert {name: value.item() for name, value in permuted.items()} == metrics
+
+
+def test_the_threshold_decides_what_passes():
+    rewards, ids = torch.tensor([0.2, 0.4, 0.9]), torch.tensor([1, 1, 1])
+    assert group_metrics(rewards, ids)["groups/mixed"].item() == 1
+    assert group_metrics(rewards, ids, pass_threshold=0.1)["groups/all_pass"].item() == 1
+    assert group_metrics(rewards, ids, pass_threshold=0.9)["groups/all_fail"].item() == 1
+
+
+def tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    b, t = (int(torch.randint(1, n, (), generator=generator)) for n in (6, 8))
+    log_ratio = 0.4 * torch.randn(b, t, generator=generator)
+    advantages = torch.randn(b, t, generator=generator).round(decimals=1)
+    return log_ratio, advantages, torch.rand(b, t, generator=generator) < 0.7
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**20))
+def test_clip_metrics_match_their_definition(seed):
+    log_ratio, advantages, mask = tokens(seed)
+    dirty = [torch.where(mask, x, float("nan")) for x in (log_ratio, advantages)]
+    metrics = {k: v.item() for k, v in clip_metrics(*dirty, mask, 0.1, 0.3).items()}
+    pairs = [(log_ratio[i, t].exp().item(), advantages[i, t].item()) for i, t in mask.nonzero()]
+    if not pairs:
+        assert metrics == {}
+        return
+    share = lambda wanted: sum(wanted(r, a) for r, a in pairs) / len(pairs)
+    removed = sum(r * a - min(r * a, min(max(r, 0.9), 1.3) * a) for r, a in pairs)
+    expected = {
+        "clip/clipped_high": share(lambda r, a: r > 1.3 and a > 0),
+        "clip/clipped_low": share(lambda r, a: r < 0.9 and a < 0),
+        "clip/leaked_high": share(lambda r, a: r > 1.3 and a < 0),
+        "clip/leaked_low": share(lambda r, a: r < 0.9 and a > 0),
+        "clip/raw_signal": abs(sum(r * a for r, a in pairs)),
+        "clip/clipped_away": abs(removed),
+    }
+    if expected["clip/clipped_high"] + expected["clip/clipped_low"] > 0:
+        expected["clip/signal_ratio"] = expected["clip/raw_signal"] / abs(removed)
+    assert metrics == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_each_quadrant_by_hand():
+    log_ratio = torch.tensor([[2.0, 2.0, 0.5, 0.5, 1.1]]).log()
+    advantages = torch.tensor([[1.0, -3.0, -2.0, 5.0, 1.0]])
+    metrics = clip_metrics(log_ratio, advantages, torch.ones(1, 5, dtype=torch.bool))
+    for name in ("clipped_high", "clipped_low", "leaked_high", "leaked_low"):
+        assert metrics[f"clip/{name}"].item() == pytest.approx(0.2)
+    assert metrics["clip/raw_signal"].item() == pytest.approx(abs(2 - 6 - 1 + 2.5 + 1.1))
+    assert metrics["clip/clipped_away"].item() == pytest.approx(0.8 * 1 + -0.3 * -2)
+
+
+def test_inside_the_range_nothing_is_clipped_and_there_is_no_ratio():
+    metrics = clip_metrics(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    assert metrics["clip/clipped_away"].item() == 0 and "clip/signal_ratio" not in metrics
+
+
+def test_extreme_ratios_stay_finite():
+    log_ratio = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    metrics = clip_metrics(log_ratio, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    assert all(v.isfinite() and not v.requires_grad for v in metrics.values())
+
+
+def test_bad_inputs_are_named():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="clip_low"):
+        clip_metrics(torch.zeros(1, 2), torch.zeros(1, 2), mask, clip_low=2.0)
+    with pytest.raises(ValueError, match=r"log_ratio.*inf at \(0, 1\)"):
+        clip_metrics(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), mask)
+    with pytest.raises(ValueError, match=r"rewards \[B\]"):
+        group_metrics(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"rewards.*nan at \(0,\)"):
+        group_metrics(torch.tensor([torch.nan]), torch.zeros(1, dtype=torch.long))
+
+
+# Edits to stability/monitors.py that must turn this file red:
+#   passed = rows & (...)     ->  passed = rewards > pass_threshold
+#   groups = sizes > 0        ->  torch.ones_like(sizes, dtype=torch.bool)
+#   above & (a > 0)           ->  above & (a < 0) in clipped_high
+#   r.clamp(1 - clip_low, 1 + clip_high)  ->  1
+#   rewards > pass_threshold  ->  >=

@@ -1,0 +1,149 @@
+"""Functions that tests start in processes of their own (spawn needs them in a module by name).
+
+One section per test file; a function's first argument is its rank. Processes meet by a file in
+tmp_path.
+"""
+
+import torch
+import torch.distributed as dist
+
+from trimtab.stability import aggregation_weights, apply_weights
+
+# test_aggregation.py
+
+
+def aggregation_problem():
+    """Eight rows of three groups, none of which lies on one rank alone, and a parameter."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([4, 1, 3, 2, 5, 0, 2, 3])
+    inputs = {
+        "mask": torch.arange(5) < lengths[:, None],
+        "ids": torch.tensor([2, 2, -7, 2, 40, -7, 2, 40]),
+        "advantages": torch.tensor([1.0, -1.0, 0.5, 0.0, -2.0, -0.5, 0.7, 2.0]),
+        "features": torch.randn(8, 5, 3, generator=generator, dtype=torch.float64),
+    }
+    parameter = torch.randn(3, generator=generator, dtype=torch.float64)
+    return inputs, parameter.requires_grad_()
+
+
+def aggregation_loss(parameter, inputs):
+    return -inputs["advantages"][:, None] * torch.tanh(inputs["features"] @ parameter)
+
+
+def aggregation_over_ranks(rank, world, folder, rules):
+    """Each rank takes some rows of the problem; rank 0 saves the sums of the gradients by rule."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    torch.set_num_threads(1)
+    inputs, parameter = aggregation_problem()
+    rows = torch.tensor([0, 1, 3]) if rank == 0 else torch.tensor([2, 4, 5, 6, 7])
+    mine = {name: x[rows] for name, x in inputs.items()}
+    gradients = {}
+    for rule in rules:
+        for zero_advantage in ("count", "exclude"):
+            weights = aggregation_weights(
+                mine["mask"],
+                mine["ids"],
+                mine["advantages"],
+                rule=rule,
+                max_length=10,
+                zero_advantage=zero_advantage,
+                process_group=dist.group.WORLD,
+            )
+            loss = apply_weights(aggregation_loss(parameter, mine), weights)
+            (gradient,) = torch.autograd.grad(loss, parameter)
+            dist.all_reduce(gradient)
+            gradients[rule, zero_advantage] = gradient
+    if rank == 0:
+        torch.save(gradients, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+# test_integration_lightning.py
+
+
+def lightning_regression(configure, *, surge_at=None, truncated_from=None, short=False):
+    """A LightningModule that logs response lengths: 10 tokens, from batch `surge_at` on 500.
+
+    configure: makes the optimizers from the module. short: the lengths stay at 10.
+    """
+    import pytorch_lightning as pl
+
+    from trimtab.optim import LengthTriggeredLR
+
+    class LightningRegression(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+            )
+            self.register_buffer("seen", torch.tensor(0))  # batches; resumes with the weights
+
+        def loss(self, x):
+            return (self.net(x) - x[:, :2]).square().mean()
+
+        def training_step(self, batch, batch_idx):
+            surged = surge_at is not None and self.seen >= surge_at and not short
+            length = 500.0 if surged else 10.0
+            self.log("mean_length", length)
+            if truncated_from is not None:
+                self.log("truncated", float(self.seen >= truncated_from))
+            scheduler = self.lr_schedulers()
+            if isinstance(scheduler, LengthTriggeredLR):
+                scheduler.observe(length)
+            self.seen += 1
+            return self.loss(batch[0])
+
+        def configure_optimizers(self):
+            return configure(self)
+
+    return LightningRegression()
+
+
+def lightning_ddp(rank, folder):
+    """A DDP run of two ranks with both callbacks; rank 1's responses stay short."""
+    import os
+
+    import pytorch_lightning as pl
+
+    from trimtab.integrations.lightning import AdamMiniCallback, LengthTriggeredLRCallback
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2"
+    )  # Lightning starts no processes
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    module = lightning_regression(
+        lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), surge_at=5, short=rank == 1
+    )
+    callback = LengthTriggeredLRCallback(warmup=2, ratio=2.0, smoothing=0.0)
+    trainer = pl.Trainer(
+        max_epochs=6,
+        strategy="ddp",
+        accelerator="cpu",
+        devices=2,
+        callbacks=[callback, AdamMiniCallback()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=8)
+    trainer.fit(module, data)
+    (optimizer,) = trainer.optimizers
+    parameters = list(module.parameters())
+    result = {
+        "detector": callback.state_dict(),
+        "factor": callback.factor,
+        "optimizer": type(optimizer).__name__,
+        "parameters": [p.detach().clone() for p in parameters],
+        "moment_shapes": [tuple(optimizer.state[p]["exp_avg_sq"].shape) for p in parameters],
+    }
+    torch.save(result, f"{folder}/{rank}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
