@@ -1,5 +1,4 @@
-"""Lightning callbacks: Adam-mini in place of the module's optimizer, and a length-triggered
-learning rate.
+"""Lightning callbacks: Adam-mini for the module's optimizer, and a length-triggered rate.
 
     Trainer(callbacks=[AdamMiniCallback(), LengthTriggeredLRCallback("mean_length")])
 
@@ -190,7 +189,7 @@ class LengthTriggeredLRCallback(Callback):
         elif not self._warned:
             self._warned = True
             _logger.warning(
-                "no finite metric %r in trainer.callback_metrics (found: %s); without it lengths go "
+                "no finite metric %r in trainer.callback_metrics (found: %s), so lengths go "
                 "unwatched: log it in training_step",
                 self.metric,
                 ", ".join(trainer.callback_metrics) or "none",

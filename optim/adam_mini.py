@@ -368,8 +368,9 @@ class AdamMini(Optimizer):
                     if moment in state and tuple(state[moment].shape) != shape:
                         found = tuple(state[moment].shape)
                         raise ValueError(
-                            f"state_dict: {moment} of parameter {name!r} ({layout.kind} blocks) expects "
-                            f"shape {shape}, found {found}: saved with other blocks or by another class"
+                            f"state_dict: {moment} of parameter {name!r} ({layout.kind} blocks) "
+                            f"expects shape {shape}, found {found}: saved with other blocks, or by "
+                            "another optimizer"
                         )
                 moments[param] = {moment: state[moment] for moment in expected if moment in state}
         return moments

@@ -256,7 +256,7 @@ def infer_blocks(model: nn.Module, preset: Preset = "rows", *, strict: bool = Fa
     Raises:
         ValueError: an unknown preset, or under `strict` a parameter of unknown role.
 
-    Source: arXiv 2406.16793, the partition principle; `rows` differs from the paper: q and k by row.
+    Source: arXiv 2406.16793, the partition principle; `rows` differs from it: q and k by row.
     """
     if preset not in get_args(Preset):
         raise ValueError(f"preset: expected one of {get_args(Preset)}, found {preset!r}")

@@ -1,6 +1,6 @@
 """A learning rate that decays once the mean response length surges.
 
-The surge is the early warning of a collapse. Until it comes, at step S, the base schedule acts alone;
+The surge is the early warning of a collapse. Until it comes, at step S, the base schedule is alone;
 then, with a period of P = period_factor * S steps,
     lr(step) = base(step) * max(floor, decay ^ floor((step - origin) / P))    (factor in [floor, 1])
 With the defaults the rate halves every 1.8 * S steps, down to a tenth.

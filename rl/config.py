@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from ..optim.lr_scheduler import LengthDetector
 from .tasks import Task
 from .warmup import WarmupConfig
 
@@ -82,6 +84,11 @@ class TrustRegionConfig:
     mean_threshold: float = 0.001
     denominator: Literal["total", "kept"] = "total"
 
+    def __post_init__(self) -> None:
+        for name in ("max_threshold", "mean_threshold"):
+            value = getattr(self, name)
+            _require(value >= 0, f"trust_region.{name}", "nats >= 0", value)
+
 
 @dataclass(frozen=True)
 class PruningConfig:
@@ -135,6 +142,9 @@ class LengthRateConfig:
     decay: float = 0.5
     floor: float = 0.1
     mode: Literal["decay", "alert"] = "decay"
+
+    def __post_init__(self) -> None:
+        LengthDetector(**dataclasses.asdict(self))  # it checks them
 
 
 @dataclass(frozen=True)

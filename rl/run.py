@@ -77,7 +77,8 @@ class Run:
         """Loads the policy (or warms one up) and the checkpoint; writes only the warm-up's cache.
 
         Raises:
-            ValueError: the policy cannot be loaded, or the checkpoint does not fit it.
+            ValueError: the policy cannot be loaded, the optimizer refuses its options, or the
+                checkpoint does not fit.
         """
         config = self.config
         torch.set_num_threads(
@@ -86,6 +87,7 @@ class Run:
         policy, tokenizer = load_policy(config.policy, config.task)
         refuse_unsupported(policy)
         self.module = RLModule(config, policy, tokenizer, config.task)
+        self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
         self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
         self.updates_done = 0
         if self.checkpoint is not None:
@@ -111,6 +113,10 @@ class Run:
             ckpt_path=self.checkpoint,
             weights_only=True,
         )
+        # where max_steps or max_time stopped the run, or for a continuation with more updates
+        last = folder.checkpoints / f"update={self.module.updates_done:06d}.ckpt"
+        if not last.exists():
+            self.trainer.save_checkpoint(last)
         if rank_zero_only.rank == 0:
             self._finish()
 
@@ -129,12 +135,12 @@ class Run:
             ),
             ModelCheckpoint(
                 dirpath=folder.checkpoints,
-                filename="update={step:06.0f}",
+                filename="update={update:06.0f}",
                 auto_insert_metric_name=False,
-                monitor="step",
+                monitor="update",
                 mode="max",
                 save_top_k=record.keep_checkpoints,
-                every_n_train_steps=record.checkpoint_every,
+                every_n_train_steps=record.checkpoint_every * self.config.update.epochs,
             ),
             *([display] if display is not None else []),
             *(extra if isinstance(extra, list) else [extra]),

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from pytorch_lightning.callbacks import ProgressBar
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -115,6 +115,9 @@ def character_tokenizer(characters: str, vocab_size: int) -> PreTrainedTokenizer
     backend = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", names.index("<bos>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -136,7 +139,7 @@ def warm_up(task: DocumentTask, config: WarmupConfig, callbacks: list[pl.Callbac
     Returns:
         Folder with the model and its tokenizer; `from_pretrained` loads both.
     """
-    recipe = {"version": 1, "task": repr_of(task), "warmup": dataclasses.asdict(config)}
+    recipe = {"version": 2, "task": repr_of(task), "warmup": dataclasses.asdict(config)}
     del recipe["warmup"]["cache_dir"]
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(config.cache_dir)

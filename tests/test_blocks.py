@@ -257,7 +257,6 @@ def test_broken_entries_are_named(entry, message):
 # Edits to blocks.py that must turn this file red:
 #   1. reduce_dims of column: (0,) -> (1,)
 #   2. broadcastable: repeat_interleave(self.size) -> repeat(self.size)
-#   3. _entry: drop the _is_transformers_conv1d branch
-#   4. _head_rows: head_dim -> weight.shape[1] // module.config.num_attention_heads (the authors'
-#      head size)
+#   3. _layout_by_role: drop the _is_transformers_conv1d branch
+#   4. _head_rows: head_dim = hidden size // module.config.num_attention_heads (as the authors do)
 #   5. infer_blocks: name_of.setdefault(parameter, name) -> name (tied parameters twice)

@@ -16,9 +16,8 @@ from trimtab.integrations.lightning import AdamMiniCallback, LengthTriggeredLRCa
 from trimtab.optim import AdamMini, BlockMap, LengthDetector, LengthTriggeredLR, infer_blocks
 
 STEPS = 4  # per epoch
-EARLY = dict(
-    warmup=2, ratio=2.0, smoothing=0.0
-)  # triggers at the first long response after two short ones
+# Triggers at the first long response after two short ones.
+EARLY = dict(warmup=2, ratio=2.0, smoothing=0.0)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
@@ -289,9 +288,7 @@ def test_accumulated_gradients_count_optimizer_steps():
     callback = LengthTriggeredLRCallback(**EARLY)
     module = lightning_regression(sgd_with(linear), surge_at=6)
     fit(module, callback, epochs=2, accumulate_grad_batches=2)
-    assert (
-        callback.detector.triggered_at == 3
-    )  # batch 6 belongs to the step of number 3, counted from 0
+    assert callback.detector.triggered_at == 3  # batch 6 is of step 3, counted from 0
     assert callback.detector.observations == 8
 
 

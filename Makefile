@@ -1,0 +1,38 @@
+# `make demo` and `make test` need nothing but Python 3.11-3.13 and make; both set up .venv once and reuse it.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint report clean
+
+demo: $(READY)
+	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"
+	@$(BIN)/trimtab-rl --config chain_sum_cpu $(ARGS)
+
+test: $(READY)
+	@echo "==> running the test suite"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)
+	@echo "==> running the slow tests"
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
+
+# torch goes first and pinned: a looser requirement would pull gigabytes of CUDA packages.
+$(READY): pyproject.toml Makefile
+	@echo "==> setting up $(VENV) (once; a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "trimtab needs Python 3.11-3.13, $(PYTHON) is another; try make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> installing $(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "==> installing trimtab with its rl and test extras"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[rl,test]"
+	@touch $@
