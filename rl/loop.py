@@ -65,20 +65,19 @@ class ScoredGroup:
 
 
 class ProblemData(pl.LightningDataModule):
-    """The problems of each update, split over the processes.
+    """Which problems each update trains on, split over the processes.
 
     Args:
-        task: gives the problems.
         prompts: problems an update, over all processes.
         updates: updates of the run.
     """
 
-    def __init__(self, task: Task, prompts: int, updates: int) -> None:
+    def __init__(self, prompts: int, updates: int) -> None:
         super().__init__()
-        self.task, self.prompts, self.updates = task, prompts, updates
+        self.prompts, self.updates = prompts, updates
 
     def train_dataloader(self) -> DataLoader:
-        """One item per update that is left: its number and this process's (number, problem) pairs."""
+        """One item per update that is left: (update, numbers of this process's problems)."""
         assert self.trainer is not None
         module = self.trainer.lightning_module
         return DataLoader(
@@ -88,18 +87,19 @@ class ProblemData(pl.LightningDataModule):
 
 
 class _Updates(IterableDataset):
+    """Numbers only: Lightning's precision plugins rebuild what a batch holds."""
+
     def __init__(self, data: ProblemData, module: RLModule, rank: int, world: int) -> None:
         self.data, self.module, self.rank, self.world = data, module, rank, world
 
     def __len__(self) -> int:
         return self.data.updates
 
-    def __iter__(self) -> Iterator[tuple[int, list[tuple[int, Problem]]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         share = self.data.prompts // self.world
         for update in range(self.module.updates_done, self.data.updates):
             first = update * self.data.prompts + self.rank * share
-            numbers = range(first, first + share)
-            yield update, [(n, self.data.task.problem("train", n)) for n in numbers]
+            yield update, list(range(first, first + share))
 
 
 class RLModule(pl.LightningModule):
@@ -175,10 +175,6 @@ class RLModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
-        """A batch is problems, not tensors."""
-        return batch
-
     def on_fit_start(self) -> None:
         """Makes the engine's copy of the policy."""
         self.engine = self._make_engine()
@@ -192,10 +188,16 @@ class RLModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.updates_done = checkpoint["trimtab"]["updates_done"]
         self.skipped_updates = checkpoint["trimtab"]["skipped_updates"]
+        # A run is one Lightning epoch. If it had ended, more updates go on in that same epoch.
+        loops = checkpoint["loops"]["fit_loop"]
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+        for counts in loops["epoch_progress"].values():
+            counts["processed"] = counts["completed"] = 0
 
-    def training_step(self, batch: tuple[int, list[tuple[int, Problem]]], batch_index: int) -> None:
+    def training_step(self, batch: tuple[int, list[int]], batch_index: int) -> None:
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
-        update, problems = batch
+        update, numbers = batch
+        problems = [(number, self.task.problem("train", number)) for number in numbers]
         started = time.perf_counter()
         assert self.engine is not None
         self.engine.update_weights(self.policy.named_parameters(), version=update)

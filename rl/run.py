@@ -109,7 +109,7 @@ class Run:
             folder.forget_after(self.updates_done)
         self.trainer.fit(
             self.module,
-            ProblemData(config.task, config.rollout.prompts, config.updates),
+            ProblemData(config.rollout.prompts, config.updates),
             ckpt_path=self.checkpoint,
             weights_only=True,
         )
@@ -122,6 +122,12 @@ class Run:
 
     def _trainer(self, options: dict[str, Any]) -> pl.Trainer:
         record, folder = self.config.record, self.folder
+        asked = options.get("accelerator")
+        usable = torch.cuda.is_available() or (asked == "gpu" and torch.backends.mps.is_available())
+        if asked in ("gpu", "cuda") and not usable:
+            raise ValueError(
+                f"trainer.accelerator: expected cpu, got {asked!r}: no usable CUDA device here"
+            )
         extra = options.pop("callbacks", None) or []
         shown = options.pop("enable_progress_bar", None) is not False
         display = progress_display("RL") if shown else None
@@ -161,7 +167,7 @@ class Run:
                 use_distributed_sampler=False,
                 **{name: value for name, value in options.items() if value is not None},
             )
-        except (MisconfigurationException, RuntimeError, TypeError) as refused:
+        except (MisconfigurationException, RuntimeError, TypeError, ValueError) as refused:
             raise ValueError(f"trainer: {refused}") from refused
 
     def _finish(self) -> None:

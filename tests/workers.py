@@ -4,6 +4,9 @@ One section per test file; a function's first argument is its rank. Processes me
 tmp_path.
 """
 
+from pathlib import Path
+
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
@@ -68,7 +71,6 @@ def lightning_regression(configure, *, surge_at=None, truncated_from=None, short
 
     configure: makes the optimizers from the module. short: the lengths stay at 10.
     """
-    import pytorch_lightning as pl
 
     from trimtab.optim import LengthTriggeredLR
 
@@ -106,7 +108,6 @@ def lightning_ddp(rank, folder):
     """A DDP run of two ranks with both callbacks; rank 1's responses stay short."""
     import os
 
-    import pytorch_lightning as pl
 
     from trimtab.integrations.lightning import AdamMiniCallback, LengthTriggeredLRCallback
 
@@ -147,3 +148,22 @@ def lightning_ddp(rank, folder):
     torch.save(result, f"{folder}/{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# test_ddp.py
+
+
+class SaveGradients(pl.Callback):
+    """Saves each rank's gradient before every optimizer step, in the run's folder."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        grads = [p.grad.flatten() for p in module.policy.parameters()]
+        folder = Path(trainer.default_root_dir) / "gradients"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat(grads), folder / f"{module.updates_done}-{trainer.global_rank}.pt")
+
+
+def gradients_of(run_folder, update):
+    """Gradients of one update, one per rank."""
+    paths = sorted((run_folder / "gradients").glob(f"{update}-*.pt"))
+    return [torch.load(path, weights_only=True) for path in paths]

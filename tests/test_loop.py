@@ -1,0 +1,230 @@
+"""The loop in one process: every option trains, and what is lost or broken costs no more than itself."""
+
+import dataclasses
+import math
+
+import pytest
+import pytorch_lightning as pl
+import tiny_run
+import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
+from reward_functions import always_fails, digits_written, fails_on_a
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.rl import (
+    EvaluationConfig,
+    LengthRateConfig,
+    PolicyConfig,
+    Problem,
+    ProblemData,
+    PruningConfig,
+    RLConfig,
+    RLModule,
+    RolloutConfig,
+    Task,
+    TokenBaselineConfig,
+    TrustRegionConfig,
+    UpdateConfig,
+    evaluate,
+)
+from trimtab.rl.loop import check_shares, refuse_strategy, stop_token_ids
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_run.make_policy(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cpu_path(monkeypatch):
+    """What a machine without a GPU runs; the interpreter has its own tests and is slow."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+class Letters(Task):
+    """Prompts of letters; the reward function is given."""
+
+    stop = ";"
+
+    def __init__(self, reward=digits_written):
+        self.reward = reward
+
+    def problem(self, split, index):
+        return Problem(f"{split}/{index}", "abcdef"[index % 6] + str(index % 10), {})
+
+    def reward_function(self):
+        return self.reward
+
+
+def config_of(task, folder, rollout=None, **update):
+    return RLConfig(
+        task=task,
+        policy=PolicyConfig(path=str(folder)),
+        updates=3,
+        rollout=RolloutConfig(
+            **{"prompts": 3, "group_size": 4, "max_tokens": 16, "dtype": "float32"}
+            | (rollout or {})
+        ),
+        update=UpdateConfig(**{"lr": 1e-3} | update),
+        evaluation=EvaluationConfig(problems=5, samples=2),
+    )
+
+
+class Watch(pl.Callback):
+    """Keeps each update's metrics."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+def train(config, folder, callbacks=(), **trainer_options):
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    module = RLModule(config, policy, AutoTokenizer.from_pretrained(folder), config.task)
+    watch = Watch()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watch, *callbacks],
+        **trainer_options,
+    )
+    trainer.fit(module, ProblemData(config.rollout.prompts, config.updates))
+    return module, watch.rows
+
+
+OPTIONS = {
+    "adamw": {"optimizer": "adamw"},
+    "paper-blocks": {"blocks": "paper"},
+    "group_mean": {"advantage": "group_mean"},
+    "group_std": {"advantage": "group_std"},
+    "leave_one_out": {"advantage": "leave_one_out"},
+    "baseline-loo-keep": {
+        "token_baseline": TokenBaselineConfig("model_token", leave_one_out=True, tail="keep")
+    },
+    "ppo_clip-2-epochs": {"loss": "ppo_clip", "epochs": 2},
+    "reinforce": {"loss": "reinforce"},
+    "dense": {"route": "dense"},
+    "micro": {"micro_prompts": 1},
+    "seq_mean": {"aggregation": "seq_mean"},
+    "token_mean": {"aggregation": "token_mean"},
+    "token_mean_group": {"aggregation": "token_mean_group"},
+    "dr_grpo": {"aggregation": "seq_mean_token_sum_norm"},
+    "pruning": {"pruning": PruningConfig(0.01, "mask_token")},
+    "trust-region-kept": {"trust_region": TrustRegionConfig(denominator="kept")},
+    "length-rate": {"length_rate": LengthRateConfig(warmup=1)},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains(option, policy_folder):
+    config = config_of(Letters(), policy_folder, **OPTIONS[option])
+    module, rows = train(config, policy_folder)
+    start = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    moved = [not p.equal(q) for p, q in zip(module.policy.parameters(), start.parameters())]
+    assert all(moved)
+    assert module.updates_done == 3 and module.skipped_updates == 0
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[0]["rollouts"] == 12
+
+
+def test_without_mismatch_the_ratio_is_one(policy_folder):
+    _, rows = train(config_of(Letters(), policy_folder), policy_folder)
+    assert max(row["mismatch/abs_dlogp_max"] for row in rows) < 1e-5
+
+
+@pytest.mark.parametrize("rollout", [{"dtype": "bfloat16"}, {"quantize_bits": 4}])
+def test_a_coarser_engine_makes_a_real_mismatch(rollout, policy_folder):
+    _, rows = train(config_of(Letters(), policy_folder, rollout=rollout), policy_folder)
+    assert min(row["mismatch/abs_dlogp_mean"] for row in rows) > 1e-5
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_train(precision, policy_folder):
+    module, rows = train(config_of(Letters(), policy_folder), policy_folder, precision=precision)
+    assert module.updates_done == 3 and all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_failing_reward_costs_its_rollout_only(policy_folder):
+    module, rows = train(config_of(Letters(fails_on_a), policy_folder), policy_folder)
+    lost = sum(row["reward_errors"] for row in rows)
+    assert lost > 0
+    assert sum(row["rollouts"] for row in rows) == 36 - lost
+    for row, update in zip(rows, range(3)):
+        assert row["update"] == update + 1
+    assert None in [r for group in module.last_groups for r in group.rewards]
+
+
+def test_an_update_without_any_reward_is_skipped(policy_folder, caplog):
+    module, rows = train(config_of(Letters(always_fails), policy_folder), policy_folder)
+    start = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    assert all(p.equal(q) for p, q in zip(module.policy.parameters(), start.parameters()))
+    assert module.skipped_updates == 3 and module.updates_done == 3
+    assert rows[-1]["rollouts"] == 0 and "no reward is left" in caplog.text
+
+
+class PoisonGradient(pl.Callback):
+    def on_after_backward(self, trainer, module):
+        if module.updates_done == 1:
+            module.policy.get_input_embeddings().weight.grad[0, 0] = float("nan")
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy_folder, caplog):
+    module, rows = train(config_of(Letters(), policy_folder), policy_folder, [PoisonGradient()])
+    assert module.skipped_updates == 1 and "not finite" in caplog.text
+    assert all(torch.isfinite(p).all() for p in module.policy.parameters())
+
+
+def test_the_length_trigger_lowers_the_rate_the_optimizer_uses(policy_folder):
+    rate = LengthRateConfig(warmup=1, ratio=1.01, smoothing=0.0, period_factor=1.0)
+    config = config_of(Letters(), policy_folder, lr_warmup=1, length_rate=rate)
+    config = dataclasses.replace(config, updates=12)
+    _, rows = train(config, policy_folder)
+    for row in rows:
+        assert row["lr"] == pytest.approx(1e-3 * row["length_rate/factor"], rel=1e-6)
+    assert rows[-1]["lr"] < rows[0]["lr"]
+
+
+def test_evaluation_counts_what_the_engine_wrote(policy_folder):
+    config = config_of(Letters(), policy_folder)
+    module, _ = train(config, policy_folder)
+    result = evaluate(module, module.engine, 3)
+    again = evaluate(module, module.engine, 3)
+    assert result == again, "held-out sampling is seeded"
+    assert 0 <= result.greedy <= 1 and 0 < result.length <= 16 and result.lost == 0
+
+
+def test_shares_and_strategies_that_are_not_exact_are_refused():
+    with pytest.raises(ValueError, match=r"rollout.prompts: .* multiple of the 2 processes, got 3"):
+        check_shares(3, 2)
+    with pytest.raises(ValueError, match="ModelParallelStrategy"):
+        refuse_strategy(ModelParallelStrategy())
+
+
+def test_stop_tokens_must_exist(policy_folder):
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    task = Letters()
+    assert stop_token_ids(tokenizer, task) == (1, tokenizer.convert_tokens_to_ids(";"))
+    task.stop = "ab"
+    with pytest.raises(ValueError, match="expected one token"):
+        stop_token_ids(tokenizer, task)
+    tokenizer.eos_token = None
+    task.stop = ""
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        stop_token_ids(tokenizer, task)
+
+
+# Edits that must turn this file red:
+# * _update: call optimizer.step() even when _step found the gradient not finite
+# * _schedule: do not step the schedule
+# * _score: give every lost reward 0 instead of None
+# * _roll_out: leave the engine's weights as they were at the start
+# * config: hand `blocks` or `epochs` nowhere

@@ -1,0 +1,113 @@
+"""A run of `trimtab-rl` small enough for a test: every part of the pack on, about 0.05 s an update.
+
+The policy is a random two-layer Llama over characters; the reward is the number of digits that it
+writes, so every group has rollouts of different reward and length and every update a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+TINY: dict[str, Any] = {
+    "task": {
+        "class_path": "trimtab.rl.tasks.JsonLinesTask",
+        "init_args": {"path": "prompts.jsonl", "reward": "reward_functions:digits_written", "stop": ";"},
+    },
+    "policy": {"path": "tiny-policy"},
+    "updates": 24,
+    "threads": 1,
+    "rollout": {"prompts": 4, "group_size": 4, "max_tokens": 24},
+    "update": {
+        "lr": 3e-3,
+        "weight_decay": 0.01,
+        "pruning": {"rho": 0.01},
+        "trust_region": {},
+        "length_rate": {"warmup": 2, "ratio": 1.02, "smoothing": 0.0, "period_factor": 1.0},
+    },
+    "evaluation": {"problems": 4, "samples": 2},
+    "record": {"checkpoint_every": 4},
+    "trainer": {"accelerator": "cpu", "devices": 1},
+}
+
+
+def make_policy(folder: Path) -> None:
+    """A random policy and its tokenizer in the transformers format."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trimtab.rl.warmup import character_tokenizer
+
+    tokenizer = character_tokenizer("0123456789abcdef;", 32)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """The tiny recipe with dotted changes, its policy and its prompts, in `folder`."""
+    if not (folder / "tiny-policy").exists():
+        make_policy(folder / "tiny-policy")
+        lines = [json.dumps({"prompt": f"{i % 10}ab{i * 7 % 10}c"}) for i in range(40)]
+        (folder / "prompts.jsonl").write_text("\n".join(lines))
+    recipe = copy.deepcopy(TINY)
+    for key, value in (changes or {}).items():
+        node = recipe
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def start(arguments: list[str | Path], folder: Path) -> subprocess.Popen[str]:
+    """`python -m trimtab.rl` with these arguments, in `folder`; tests/ is importable."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)  # the CPU path is what a user without a GPU runs
+    return subprocess.Popen(
+        [sys.executable, "-m", "trimtab.rl", *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(arguments: list[str | Path], folder: Path, timeout: float = 240) -> str:
+    """The output of a run that must end well."""
+    process = start(arguments, folder)
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without the wall times."""
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
