@@ -25,6 +25,8 @@ from .blocks import BlockLayout, BlockMap, Preset, geometric_layout, infer_block
 
 
 class AdamMiniState(NamedTuple):
+    """What an update returns: param and exp_avg [shape of param], exp_avg_sq one entry per block."""
+
     param: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor

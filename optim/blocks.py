@@ -160,11 +160,22 @@ class BlockLayout:
 
 
 def geometric_layout(parameter: Tensor) -> BlockLayout:
-    """The layout from the shape alone: by row from 2 dimensions on, else elementwise."""
+    """The layout from the shape alone: by row from 2 dimensions on, else elementwise.
+
+    Args:
+        parameter: any shape and dtype; only its shape is read.
+
+    Returns:
+        The layout of its second moments.
+
+    Source: arXiv 2406.16793, the partition principle; the fallback for roles it does not name.
+    """
     return BlockLayout("row" if parameter.ndim >= 2 else "elementwise", tuple(parameter.shape))
 
 
 class BlockEntry(NamedTuple):
+    """One parameter of a BlockMap: its layout, and the reason for it in words."""
+
     layout: BlockLayout
     reason: str
 

@@ -56,7 +56,7 @@ class RolloutBatch:
         """
         groups, index = torch.unique(self.group_index[rows], return_inverse=True)
         mask = self.mask[rows]
-        width = int(mask.sum(-1).max()) if len(mask) else 0
+        width = int(mask.sum(-1).max()) if len(mask) else 1
         return RolloutBatch(
             [self.prompts[g] for g in groups.tolist()],
             self.tokens[rows, :width],
@@ -86,7 +86,7 @@ def collate(
         device: of the tensors.
 
     Returns:
-        The batch; B is 0 when no reward is left.
+        The batch; B is 0, and T is 1, when no reward is left.
     """
     kept = [
         (p, sample, reward)
@@ -94,14 +94,14 @@ def collate(
         for sample, reward in zip(samples, scores, strict=True)
         if reward is not None
     ]
-    width = max((len(sample.token_ids) for _, sample, _ in kept), default=0)
+    width = max((len(sample.token_ids) for _, sample, _ in kept), default=1)
     tokens = torch.zeros(len(kept), width, dtype=torch.long)
-    logp = torch.zeros(len(kept), width)
+    logp = torch.zeros(len(kept), width, dtype=torch.float32)
     mask = torch.zeros(len(kept), width, dtype=torch.bool)
     for row, (_, sample, _) in enumerate(kept):
         length = len(sample.token_ids)
         tokens[row, :length] = torch.tensor(sample.token_ids)
-        logp[row, :length] = torch.tensor(sample.logprobs)
+        logp[row, :length] = torch.tensor(sample.logprobs, dtype=torch.float32)
         mask[row, :length] = True
     index = torch.tensor([p for p, _, _ in kept], dtype=torch.long)
     return RolloutBatch(
@@ -112,5 +112,7 @@ def collate(
         index.to(device),
         torch.tensor(list(prompt_ids), dtype=torch.long)[index].to(device),
         torch.tensor([r for _, _, r in kept], dtype=torch.float32).to(device),
-        torch.tensor([s.finish_reason == "length" for _, s, _ in kept], dtype=torch.bool).to(device),
+        torch.tensor([s.finish_reason == "length" for _, s, _ in kept], dtype=torch.bool).to(
+            device
+        ),
     )

@@ -27,6 +27,9 @@ class Styles:
     Args:
         worked: share of worked answers, in [0, 1].
         checked: share of worked and re-checked answers, in [0, 1].
+
+    Raises:
+        ValueError: a share is negative, or they sum to more than 1.
     """
 
     worked: float = 0.2

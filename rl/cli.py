@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import inspect
 import logging
 import os
 import re
 import sys
+import typing
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
         run = Run(config, trainer_options, resume, text)
         run.prepare()
-    except (ValueError, ArgumentError) as error:
+    except (ValueError, ArgumentError, OSError) as error:  # OSError names the file it is about
         _refuse(error)
     run.train()  # from here on an error is ours, or the machine's: a traceback is what helps
 
@@ -127,13 +129,15 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
         resume = _resume_folder(arguments)
         given = any(a == "--config" or a.startswith("--config=") for a in arguments)
         if resume is not None and not given:
-            stored = ["--config", str(Path(resume) / "config.yaml")]
-            arguments = stored + arguments
-        elif not given and not {"--help", "-h"} & set(arguments):
+            stored = _checked(str(Path(resume) / "config.yaml"))
+            arguments = ["--config", stored, *arguments]
+        elif not given and not any(a == "-h" or re.match(r"--[\w.]*help\b", a) for a in arguments):
             raise ValueError("--config: expected a recipe (a file or a packaged name), got none")
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(explain(error, parser)) from error
+    if parsed.resume != resume:
+        raise ValueError("resume: expected on the command line, found in the recipe")
     text = _resolved(parser, parsed)
     if resume is not None:
         stored_text = (Path(resume) / "config.yaml").read_text(encoding="utf-8")
@@ -151,6 +155,9 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
 def explain(error: Exception, parser: Any) -> str:
     """One line for a parser's error, with the nearest valid key where a key is unknown.
 
+    jsonargparse nests its messages: a line for each key and class on the way, then what is wrong,
+    or, for a union, what is wrong with each of its types.
+
     Args:
         error: what the parser raised.
         parser: knows the valid keys.
@@ -158,21 +165,82 @@ def explain(error: Exception, parser: Any) -> str:
     Returns:
         The line.
     """
-    line = " ".join(str(error).split())
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", line) or re.search(
-        r"(?:Option|Key|key) '([\w.]+)' is not (?:accepted|expected)", line
-    )
-    if not unknown:
-        return line
-    key = unknown[1]
-    valid = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
-    parents = {name.rpartition(".")[0] for name in valid}
-    near = difflib.get_close_matches(key, valid + sorted(parents - {""}), n=1, cutoff=0.5)
-    if not near:  # a nested key may be reported without its parents
-        leaves = {name.rpartition(".")[2]: name for name in valid}
-        near = [leaves[n] for n in difflib.get_close_matches(key, leaves, n=1, cutoff=0.5)]
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown configuration key '{key}'{hint}"
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    path: list[str] = []
+    types = value = ""
+    task: Any = None
+    for line in lines:
+        if found := re.fullmatch(r"Problem with given class_path '([\w.]+)':", line):
+            made = _class(found[1])
+            if made is not None and not dataclasses.is_dataclass(made):
+                path, task = [*path, "init_args"], made
+        elif found := re.fullmatch(r'Parser key "([\w.]+)":', line):
+            path.append(found[1])
+        elif found := (
+            re.match(r"Option '([\w.]+)' is not accepted", line)
+            or re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
+            or re.match(r"unrecognized arguments: --([\w.]+)", line)
+        ):
+            return _unknown_key(".".join([*path, *found.groups()]), parser, task)
+        elif line.startswith("Subtypes: ["):
+            types = line.removeprefix("Subtypes: [").removesuffix("]")
+        elif found := re.fullmatch(r"Expected an? (.+)\. Got value: (.*)", line):
+            types, value = types or found[1], found[2]
+            break
+        elif line.startswith("Given value: "):
+            value = line.removeprefix("Given value: ")
+    if path and types:
+        return f"{'.'.join(path)}: expected {_readable(types)}, got {value!r}"
+    known = ("Parser key", "Problem with given class_path")
+    rest = " ".join(line for line in lines if not line.startswith(known))
+    return f"{'.'.join(path)}: {rest}" if path else rest
+
+
+def _unknown_key(key: str, parser: Any, task: Any) -> str:
+    """Names the nearest valid key: the same name elsewhere, a sibling, then whatever is alike."""
+    from .config import RLConfig
+
+    valid = [*_keys(RLConfig), "trainer", *(f"trainer.{name}" for name in sorted(TRAINER_OPTIONS))]
+    valid += ["resume", "task.class_path", "task.init_args"]
+    if task is not None:
+        valid += [f"task.init_args.{name}" for name in _keys(task)]
+    parent, _, leaf = key.rpartition(".")
+    siblings = {v.rpartition(".")[2]: v for v in valid if v.rpartition(".")[0] == parent}
+    leaves = {v.rpartition(".")[2]: v for v in reversed(valid)}
+    near = leaves.get(leaf)
+    whole = {v: v for v in valid}
+    for wanted, names, cutoff in ((leaf, siblings, 0.6), (key, whole, 0.8), (leaf, leaves, 0.6)):
+        match = difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff)
+        near = near or (names[match[0]] if match else None)
+    if near:
+        return f"unknown configuration key '{key}'; did you mean '{near}'?"
+    return f"unknown configuration key '{key}'; valid there: {', '.join(sorted(siblings))}"
+
+
+def _keys(made: Any) -> list[str]:
+    """Names a class takes, and under each the names of a dataclass it takes, with dots."""
+    hints = typing.get_type_hints(made if dataclasses.is_dataclass(made) else made.__init__)
+    keys = []
+    for name in inspect.signature(made).parameters:
+        kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
+        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        keys += [name, *(f"{name}.{key}" for kind in nested for key in _keys(kind))]
+    return keys
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _readable(types: str) -> str:
+    """Type names as a YAML file has them."""
+    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
+    types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types).replace(", null", " or null")
 
 
 def _packaged(arguments: list[str], i: int) -> str:
@@ -191,8 +259,24 @@ def _recipe_path(name: str) -> str:
         if not Path(name).is_file():
             names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
             raise ValueError(f"--config: no file and no packaged recipe {name!r} (packaged: {names})")
-        return name
+        return _checked(name)
     return str(packaged)
+
+
+def _checked(path: str) -> str:
+    """The path of a file that holds YAML keys; the parser would name neither file nor line."""
+    import yaml
+
+    try:
+        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+        raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path}: expected configuration keys, got {keys!r:.60}")
+    return path
 
 
 def _resume_folder(arguments: list[str]) -> str | None:

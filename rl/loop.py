@@ -123,6 +123,7 @@ class RLModule(pl.LightningModule):
         # The update accumulates over parts of the batch and may take several steps.
         self.automatic_optimization = False
         self.config, self.policy, self.tokenizer, self.task = config, policy, tokenizer, task
+        self.policy.eval()  # dropout would make the trainer's log-probs differ from the engine's
         self.updates_done = 0
         self.skipped_updates = 0
         self.last_groups: list[ScoredGroup] = []
@@ -135,8 +136,7 @@ class RLModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuses what would not be exact, before anything is written."""
         refuse_strategy(self.trainer.strategy)
-        if getattr(self.trainer, "scaler", None) is not None:
-            raise ValueError("trainer.precision: expected 32, 64 or bf16, got 16-mixed")
+        refuse_precision(self.trainer.precision)
         check_shares(self.config.rollout.prompts, self.trainer.world_size)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -459,6 +459,22 @@ def refuse_strategy(strategy: Strategy) -> None:
         raise ValueError(
             f"trainer.strategy: expected a single device or ddp, got {type(strategy).__name__}; "
             "others are refused until they are exact"
+        )
+
+
+def refuse_precision(precision: str) -> None:
+    """Raises for a precision under which the trainer's log-probs would not be the model's.
+
+    Args:
+        precision: of the trainer.
+
+    Raises:
+        ValueError: a whole model in half precision (its rotary frequencies are rounded too, and the
+            error grows with the position), or fp16 with loss scaling.
+    """
+    if precision not in ("32-true", "64-true", "bf16-mixed"):
+        raise ValueError(
+            f"trainer.precision: expected 32-true, 64-true or bf16-mixed, got {precision}"
         )
 
 

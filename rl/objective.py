@@ -87,6 +87,9 @@ def token_weights(
         max_tokens: the constant of `seq_mean_token_sum_norm`.
         process_group: None in a single process.
         keep: [B] bool; given, only these rollouts count (`denominator: kept`).
+
+    Returns:
+        [B, T] fp32, >= 0; 0 where no token is.
     """
     return aggregation_weights(
         batch.mask,
@@ -150,7 +153,9 @@ def objective(
         options = config.token_baseline
         last = batch.mask.sum(-1) - 1
         token_rewards = torch.zeros_like(logp)
-        token_rewards[torch.arange(len(batch), device=last.device), last] = batch.rewards
+        token_rewards[torch.arange(len(batch), device=last.device), last] = batch.rewards.to(
+            logp.dtype
+        )
         advantages = optimal_token_baseline(
             token_rewards,
             batch.mask,

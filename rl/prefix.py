@@ -1,13 +1,14 @@
 """Logits of a group's responses with the prompt computed once: forward, and so backward.
 
-A group's packed row is `[prefix | r1 | r2 | .. | rG]`: a 4-D mask lets every response see the prefix
-and itself only, position ids go on at the end of the prefix, and the unmodified model does the rest.
-The prefix is prompt[:-1] and every response's input starts with the last prompt token, so that no
-prefix position has a loss and each response position is treated alike. Autograd then accumulates each
-response's gradient into the prefix's keys and values and goes through the prefix once.
+A group's packed row is `[prefix | r1 | r2 | .. | rG]`: a 4-D mask lets every response see the
+prefix and itself only, position ids go on at the end of the prefix, and the unmodified model does
+the rest. The prefix is prompt[:-1] and every response's input starts with the last prompt token, so
+that no prefix position has a loss and each response position is treated alike. Autograd then
+accumulates each response's gradient into the prefix's keys and values and goes through the prefix
+once.
 
-Source: shared-prefix training, arXiv 2606.01143. The packed row is one graph for the whole group; the
-three-phase schedule of that paper frees each response's graph early.
+Source: shared-prefix training, arXiv 2606.01143. The packed row is one graph for the whole group;
+the three-phase schedule of that paper frees each response's graph early.
 """
 
 from __future__ import annotations
@@ -31,14 +32,20 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         model: a transformers causal LM.
 
     Raises:
-        ValueError: rotary embeddings that depend on the current length, layers without full
-            attention, or attention dropout; the message names which.
+        ValueError: attention outside transformers' registry (ALiBi among others), rotary embeddings
+            that depend on the current length, layers without full attention, or attention dropout;
+            the message names which.
     """
+    if not model._supports_attention_backend:
+        name = type(model).__name__
+        raise ValueError(f"model: {name} does not use transformers' attention registry, refused")
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    if kind in _LENGTH_DEPENDENT_ROPE:
-        raise ValueError(f"model: rope type {kind!r} depends on the current length, refused")
+    # flat, or one for each kind of layer
+    for parameters in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
+        kind = parameters.get("rope_type", "default")
+        if kind in _LENGTH_DEPENDENT_ROPE:
+            raise ValueError(f"model: rope type {kind!r} depends on the current length, refused")
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(f"model: expected full attention in every layer, got {sorted(layers)}")
@@ -72,20 +79,24 @@ def response_logits(
         [N, V] logits in the model's dtype; N = mask.sum(), in the order of `tokens[mask]`.
 
     Raises:
-        ValueError: shapes do not match, a prompt is empty, a mask row has a gap, a response is
-            empty, or attention is neither `sdpa` nor `eager`.
+        ValueError: shapes do not match, there is no response, a prompt is empty, a mask row has a
+            gap, a response is empty, or the route is unknown; on the packed route also if
+            `refuse_unsupported` refuses the model or its attention is neither `sdpa` nor `eager`.
     """
     lengths = _check(prompts, tokens, mask, group_index)
-    rows = _packed_rows(prompts, tokens, lengths, group_index) if route == "packed" else None
-    if rows is None:
-        rows = _dense_rows(prompts, tokens, lengths, group_index)
-    attention_mask = None
+    attention_mask = position = None
     if route == "packed":
-        attention_mask = _additive_mask(model, rows.segment)
+        refuse_unsupported(model)
+        rows = _packed_rows(prompts, tokens, lengths, group_index)
+        attention_mask, position = _additive_mask(model, rows.segment), rows.position
+    elif route == "dense":
+        rows = _dense_rows(prompts, tokens, lengths, group_index)
+    else:
+        raise ValueError(f"route: expected packed or dense, got {route!r}")
     output = model(
         input_ids=rows.ids,
         attention_mask=attention_mask,
-        position_ids=rows.position if route == "packed" else None,
+        position_ids=position,
         use_cache=False,
         logits_to_keep=torch.arange(rows.first, rows.ids.shape[1], device=tokens.device),
     )
@@ -169,6 +180,8 @@ def _check(
         raise ValueError(f"expected tokens [B, T], mask [B, T] and group_index [B], got {found}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool, got {mask.dtype}")
+    if not len(tokens):
+        raise ValueError("tokens: expected at least one response, got none")
     for group, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompts[{group}]: expected at least one token, got none")
@@ -178,5 +191,7 @@ def _check(
     expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
     bad = ((mask != expected).any(-1) | (lengths == 0)).nonzero()
     if len(bad):
-        raise ValueError(f"mask: row {int(bad[0])} is empty or has a gap; expected True, then False")
+        raise ValueError(
+            f"mask: row {int(bad[0])} is empty or has a gap; expected True, then False"
+        )
     return lengths.tolist()

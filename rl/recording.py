@@ -69,7 +69,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         if not folder.config.is_file():
-            raise ValueError(f"resume: {path} is no run folder ({folder.config} is missing)")
+            raise ValueError(f"{path} is no run folder (no config.yaml in it)")
         return folder
 
     def newest_checkpoint(self) -> Path | None:

@@ -13,6 +13,9 @@ import inspect
 import logging
 import math
 import multiprocessing
+import os
+import pickle
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +26,12 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class Scored(NamedTuple):
-    """Rewards of a batch: float, or None for a rollout that lost its reward; and why, by count."""
+    """Rewards of a batch, and how many were lost.
+
+    rewards: one per rollout, in order: a finite float, or None where there is none.
+    errors: rollouts whose function raised, died, or returned no single number.
+    timeouts: rollouts whose function gave no answer in time.
+    """
 
     rewards: list[float | None]
     errors: int
@@ -45,12 +53,14 @@ def import_function(name: str) -> RewardFunction:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"reward: expected package.module:function, got {name!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script does not search the directory it is started in
+    here = os.getcwd()  # a console script does not search the directory it is started in
+    if here not in sys.path:
+        sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as missing:
-        raise ValueError(f"reward: cannot import {name!r}: {missing}") from missing
+    except Exception as error:  # the module is the user's: anything may go wrong in it
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"reward: cannot import {name!r}: {why}") from error
     if not callable(function):
         raise ValueError(f"reward: {name!r} is a {type(function).__name__}, not a function")
     return function
@@ -70,19 +80,25 @@ def reasoning_gym_reward(
     Returns:
         A picklable function of the form described in `RewardFunction`.
     """
-    return functools.partial(_score_entries, name, tuple(params.items()), answer_after, threshold)
+    return functools.partial(_score_entries, name, repr(params), params, answer_after, threshold)
 
 
-@functools.cache
-def _generator(name: str, params: tuple[tuple[str, Any], ...]) -> Any:
-    import reasoning_gym
+_generators: dict[tuple[str, str], Any] = {}
 
-    return reasoning_gym.create_dataset(name, seed=0, size=1, **dict(params))
+
+def _generator(name: str, key: str, params: dict[str, Any]) -> Any:
+    """The generator, made once; parameters may be lists, so their text is the key."""
+    if (name, key) not in _generators:
+        import reasoning_gym
+
+        _generators[name, key] = reasoning_gym.create_dataset(name, seed=0, size=1, **params)
+    return _generators[name, key]
 
 
 def _score_entries(
     name: str,
-    params: tuple[tuple[str, Any], ...],
+    key: str,
+    params: dict[str, Any],
     answer_after: str,
     threshold: float | None,
     *,
@@ -95,7 +111,7 @@ def _score_entries(
     for completion, problem in zip(completions, entry, strict=True):
         found = answer_after in completion
         answer = completion.rpartition(answer_after)[2].strip() if answer_after else completion.strip()
-        score = _generator(name, params).score_answer(answer, problem) if found and answer else 0.0
+        score = _generator(name, key, params).score_answer(answer, problem) if found and answer else 0.0
         rewards.append(float(score if threshold is None else score >= threshold))
     return rewards
 
@@ -109,12 +125,16 @@ class RewardWorker:
         timeout: seconds one rollout may take before its worker is replaced, > 0.
 
     Raises:
-        ValueError: timeout is not positive.
+        ValueError: timeout is not positive, or the function cannot be sent to another process.
     """
 
     def __init__(self, function: RewardFunction, timeout: float = 10.0) -> None:
         if not timeout > 0:
             raise ValueError(f"reward_timeout: expected seconds > 0, got {timeout}")
+        try:
+            pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"reward: {function!r} cannot reach its process: {error}") from error
         self.function, self.timeout = function, timeout
         # spawn: a fork would copy the trainer's threads and locks
         self._context = multiprocessing.get_context("spawn")
@@ -187,10 +207,15 @@ class RewardWorker:
         if not self._pipe.poll(60):  # importing the user's module is not the first rollout's fault
             self.close()
             raise RuntimeError("the reward process did not start within 60 s")
-        self._pipe.recv()
+        try:
+            self._pipe.recv()
+        except EOFError:
+            self.close()
+            raise RuntimeError("the reward process died as it started; why, it has printed") from None
 
 
 def _serve(function: RewardFunction, pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
     pipe.send("ready")
     while True:
         try:
@@ -209,5 +234,5 @@ def _serve(function: RewardFunction, pipe: Any) -> None:
             else:
                 answer = ("error", f"the reward is {reward}")
         except Exception as error:
-            answer = ("error", f"{type(error).__name__}: {error}")
+            answer = ("error", f"{type(error).__name__}: {str(error)[:500]}")
         pipe.send(answer)

@@ -1,22 +1,24 @@
-"""Rollout engines: prompts of token ids in; token ids, their log-probabilities and finish reasons out.
+"""Rollout engines: prompts of token ids in; token ids, their log-probabilities, finish reasons out.
 
-`RolloutEngine` is the protocol; `TransformersEngine` is the one that needs nothing else installed. It
-computes a prompt's keys and values once for its whole group, decodes with a static cache for the
+`RolloutEngine` is the protocol; `TransformersEngine` is the one that needs nothing else installed.
+It computes a prompt's keys and values once for its whole group, decodes with a static cache for the
 responses, drops finished rows as it goes, and samples by inverting the cumulative distribution at
-uniform numbers drawn from each request's own seed, so that what a request samples does not depend on
-which other requests share its batch (up to the rounding of the logits).
+uniform numbers drawn from each request's own seed, so that what a request samples does not depend
+on which other requests share its batch (up to the rounding of the logits).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .prefix import refuse_unsupported
 
@@ -36,6 +38,9 @@ class Sampling:
         min_p: keep tokens with p >= min_p * max p, in [0, 1); 0 keeps all.
         stop_token_ids: a rollout ends with the first of these, which belongs to it.
         seed: of this request's random numbers.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     n: int = 1
@@ -85,12 +90,21 @@ class Sample:
             temperature and truncation; for greedy decoding, under the untruncated distribution).
         finish_reason: `stop` (a stop token ends it) or `length` (cut at max_tokens).
         version: weight version that sampled it.
+
+    Raises:
+        ValueError: not one log-probability per token.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     version: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.token_ids):
+            raise ValueError(
+                f"logprobs: expected {len(self.token_ids)}, one per token, got {len(self.logprobs)}"
+            )
 
 
 class Capabilities(NamedTuple):
@@ -137,7 +151,7 @@ def truncate_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     logp = (logits.float() / sampling.temperature).log_softmax(-1)
     keep = None
     if sampling.min_p > 0:
-        keep = logp >= logp.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log()
+        keep = logp >= logp.amax(-1, keepdim=True) + math.log(sampling.min_p)
     if 0 < sampling.top_k < logp.shape[-1]:
         top = logp >= logp.topk(sampling.top_k).values[:, -1:]
         keep = top if keep is None else keep & top
@@ -155,7 +169,8 @@ def quantize_weights_(model: nn.Module, bits: int, group: int = 64) -> None:
     """Rounds every linear weight to `bits` integers with one scale per `group` input columns.
 
     Weight-only round-to-nearest, kept dequantised in the model's dtype: the numbers an integer
-    engine would compute with, without its kernels. Embeddings and the output head stay as they are.
+    engine would compute with, without its kernels. Embeddings, the output head, and experts that
+    are stacked in one parameter stay as they are.
 
     Args:
         model: changed in place.
@@ -169,8 +184,10 @@ def quantize_weights_(model: nn.Module, bits: int, group: int = 64) -> None:
         raise ValueError(f"quantize_bits: expected 4 or 8, got {bits}")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
             weight = module.weight.data
+            if isinstance(module, Conv1D):  # GPT-2's layers keep [in, out]
+                weight = weight.T
             rows, columns = weight.shape
             padded = nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
             top = 2 ** (bits - 1) - 1
@@ -209,7 +226,11 @@ class TransformersEngine:
         if max_rows < 1:
             raise ValueError(f"max_rows: expected a count >= 1, got {max_rows}")
         self.quantize_bits, self.max_rows, self.version = quantize_bits, max_rows, 0
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        for parameter in self.model.parameters():
+            # not model.to(dtype): buffers would go along, and bf16 rotary frequencies turn far
+            # positions by the wrong angle
+            parameter.data = parameter.data.to(dtype)
         self.model.set_attn_implementation(_ATTENTION_NAME)
         if quantize_bits is not None:
             quantize_weights_(self.model, quantize_bits)
@@ -230,7 +251,9 @@ class TransformersEngine:
         for name, tensor in new:
             if name not in own or own[name].shape != tensor.shape:
                 expected = tuple(own[name].shape) if name in own else "no such weight"
-                raise ValueError(f"named_tensors: {name} is {tuple(tensor.shape)}, here: {expected}")
+                raise ValueError(
+                    f"named_tensors: {name} is {tuple(tensor.shape)}, here: {expected}"
+                )
         for name, tensor in new:
             own[name].copy_(tensor)
         if self.quantize_bits is not None:
@@ -287,7 +310,7 @@ class TransformersEngine:
         uniforms = uniforms.flatten(0, 1)  # [rows, max_tokens]
         rows = len(requests) * width
         tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(rows, sampling.max_tokens, device=device)
+        logprobs = torch.zeros(rows, sampling.max_tokens, dtype=torch.float32, device=device)
         counts = torch.zeros(rows, dtype=torch.long, device=device)
         stops = torch.tensor(sampling.stop_token_ids, device=device, dtype=torch.long)
 
@@ -330,8 +353,6 @@ class TransformersEngine:
 
 
 def _check_requests(requests: list[Request]) -> None:
-    from dataclasses import replace
-
     first = requests[0].sampling
     for i, request in enumerate(requests):
         if not len(request.prompt_ids):
@@ -435,16 +456,26 @@ def _group_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     group_cache: _GroupCache | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of the engine's model: causal over prompts, then two segments per decoded token."""
+    for name in ("softcap", "s_aux", "sliding_window"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"model: attention with {name} is refused, this engine would ignore it"
+            )
     assert group_cache is not None, "this model belongs to a TransformersEngine"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx
     if not group_cache.decoding:  # right padding is invisible to a causal row before it
         group_cache.prefix[layer] = (key.transpose(-1, -2).contiguous(), value.contiguous())
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
         return out.transpose(1, 2), None
 

@@ -20,7 +20,7 @@ from transformers import logging as transformers_logging
 
 from .config import PolicyConfig, RLConfig
 from .evaluation import evaluate
-from .loop import ProblemData, RLModule, check_shares, refuse_strategy
+from .loop import ProblemData, RLModule, check_shares, refuse_precision, refuse_strategy
 from .prefix import refuse_unsupported
 from .recording import (
     JsonLinesLogger,
@@ -69,6 +69,7 @@ class Run:
         self.resuming = resume is not None
         self.trainer = self._trainer(dict(trainer_options))
         refuse_strategy(self.trainer.strategy)
+        refuse_precision(self.trainer.precision)
         check_shares(config.rollout.prompts, self.trainer.world_size)
         if not isinstance(config.task, Task):
             raise ValueError(f"task: expected a Task, got {type(config.task).__name__}")

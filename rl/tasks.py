@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,14 @@ class ReasoningGymTask(Task):
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
         """The generator's own entry number `index` (question, answer, metadata)."""
-        return self._sets[split][index]
+        entries = self._sets[split]
+        index %= len(entries)
+        state = random.getstate()
+        random.seed(f"{self.seed}/{split}/{index}")  # list_functions draws from the global generator
+        try:
+            return entries[index]
+        finally:
+            random.setstate(state)
 
     def problem(self, split: Split, index: int) -> Problem:
         """Problem number `index` >= 0 of `train` or `heldout`."""
@@ -105,7 +113,9 @@ class ReasoningGymTask(Task):
 
 
 HELDOUT_SEED_OFFSET = 1_000_003
-ENDLESS = 2**31 - 1  # reasoning-gym makes entry i from (seed, i) on demand, so a set has no cost
+ENDLESS = 2**31 - 1  # reasoning-gym makes entry i from (seed, i) on demand, so a set has no cost,
+# but for these, which prepare all their entries at once: they start over after so many.
+PREPARED = dict.fromkeys(("acre", "gsm_symbolic", "list_functions", "word_ladder"), 2_000)
 
 
 def _reasoning_gym_set(name: str, params: dict[str, Any], seed: int) -> Any:
@@ -118,7 +128,7 @@ def _reasoning_gym_set(name: str, params: dict[str, Any], seed: int) -> Any:
         near = ", ".join(difflib.get_close_matches(name, DATASETS, n=3)) or "none"
         raise ValueError(f"name: expected a reasoning-gym generator, got {name!r}; nearest: {near}")
     try:
-        return reasoning_gym.create_dataset(name, seed=seed, size=ENDLESS, **params)
+        return reasoning_gym.create_dataset(name, seed=seed, size=PREPARED.get(name, ENDLESS), **params)
     except (TypeError, AssertionError, ValueError) as refused:
         raise ValueError(f"params: {name} refuses {params}: {refused}") from refused
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ class WarmupConfig:
         adamw_lr: learning rate of AdamW (embeddings, norms).
         seed: of the weights and of the documents' order.
         cache_dir: folder that keeps finished bases, one per configuration.
+
+    Raises:
+        ValueError: a size below 1, or hidden_size / heads is not even.
     """
 
     hidden_size: int = 128
@@ -147,7 +151,9 @@ def warm_up(task: DocumentTask, config: WarmupConfig, callbacks: list[pl.Callbac
     folder = cache / f"base-{key}"
     with FileLock(f"{folder}.lock"):  # ranks and parallel runs wait for the one that trains
         if not folder.exists():
+            started = time.time()
             model, tokenizer = _train(task, config, callbacks)
+            recipe["seconds"] = round(time.time() - started, 1)
             unfinished = cache / f"{folder.name}.{os.getpid()}"
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)

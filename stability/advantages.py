@@ -40,6 +40,9 @@ def group_relative_advantages(
 
     Raises:
         ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
+
+    Source:
+        GRPO, arXiv 2402.03300; without the deviation Dr. GRPO, arXiv 2503.20783.
     """
     centred, sizes, rows, index = _centred(rewards, group_ids, valid)
     if not normalize_std:
@@ -63,6 +66,9 @@ def leave_one_out_advantages(
 
     Raises:
         ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
+
+    Source:
+        RLOO, arXiv 2402.14740.
     """
     centred, sizes, _, index = _centred(rewards, group_ids, valid)
     return centred * (sizes / (sizes - 1).clamp_min(1))[index]

@@ -63,6 +63,9 @@ def importance_weights(
     Raises:
         ValueError: shapes do not match, an unmasked log-ratio is not finite, or the bounds do not
             fit the kind.
+
+    Source:
+        Practice of RL frameworks, which use one name for several of these; no paper has them all.
     """
     check_mask(mask)
     check_tokens("log_ratio", log_ratio, mask)

@@ -34,6 +34,9 @@ def reinforce(
 
     Raises:
         ValueError: shapes do not match, or an input that counts is not finite.
+
+    Source:
+        REINFORCE, Williams 1992.
     """
     if importance is None:
         lp, a = _prepared(mask, logp=logp, advantages=advantages)
@@ -105,6 +108,9 @@ def ppo_clip(
     Raises:
         ValueError: shapes do not match, an input that counts is not finite, or a bound is out of
             range.
+
+    Source:
+        PPO, arXiv 1707.06347; bounds that differ ("clip higher") are DAPO's, arXiv 2503.14476.
     """
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(

@@ -27,7 +27,7 @@ from trimtab.rl import (
     UpdateConfig,
     evaluate,
 )
-from trimtab.rl.loop import check_shares, refuse_strategy, stop_token_ids
+from trimtab.rl.loop import check_shares, refuse_precision, refuse_strategy, stop_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_coarser_engine_makes_a_real_mismatch(rollout, policy_folder):
     assert min(row["mismatch/abs_dlogp_mean"] for row in rows) > 1e-5
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_other_precisions_train(precision, policy_folder):
     module, rows = train(config_of(Letters(), policy_folder), policy_folder, precision=precision)
     assert module.updates_done == 3 and all(math.isfinite(row["loss"]) for row in rows)
@@ -202,11 +202,14 @@ def test_evaluation_counts_what_the_engine_wrote(policy_folder):
     assert 0 <= result.greedy <= 1 and 0 < result.length <= 16 and result.lost == 0
 
 
-def test_shares_and_strategies_that_are_not_exact_are_refused():
+def test_shares_strategies_and_precisions_that_are_not_exact_are_refused():
     with pytest.raises(ValueError, match=r"rollout.prompts: .* multiple of the 2 processes, got 3"):
         check_shares(3, 2)
     with pytest.raises(ValueError, match="ModelParallelStrategy"):
         refuse_strategy(ModelParallelStrategy())
+    for precision in ("bf16-true", "16-mixed"):
+        with pytest.raises(ValueError, match=f"trainer.precision: .* got {precision}"):
+            refuse_precision(precision)
 
 
 def test_stop_tokens_must_exist(policy_folder):

@@ -1,0 +1,90 @@
+"""Rollouts of one shared few-shot prompt a group: this engine against transformers' `generate`.
+
+    pytest benchmarks/bench_rollout.py --benchmark-json=benchmarks/results/bench_rollout.json
+
+8 prompts of about 180 tokens x 16 rollouts x 32 tokens on the demo's model size, fp32, random
+weights, no stop token, so that every provider decodes the same 4,096 tokens. `extra_info` carries
+tokens a second; compare the providers of one run.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimtab.rl import Request, Sampling, TransformersEngine
+
+PROMPTS, GROUP, NEW = 8, 16, 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 64, (PROMPTS, 180), generator=generator)
+
+
+def with_generate(model, prompts):
+    ids = prompts.repeat_interleave(GROUP, 0)
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=True, top_k=0
+    )
+
+
+def with_engine(model, prompts):
+    engine = TransformersEngine(model, dtype=torch.float32)
+    requests = [
+        Request(row, Sampling(n=GROUP, max_tokens=NEW, seed=i))
+        for i, row in enumerate(prompts.tolist())
+    ]
+    return lambda: engine.generate(requests)
+
+
+@pytest.mark.benchmark(group="rollout", min_rounds=5, warmup=True, warmup_iterations=1)
+@pytest.mark.parametrize("provider", ["engine", "generate"])
+def test_rollout(benchmark, provider, model, prompts):
+    call = (
+        with_engine(model, prompts)
+        if provider == "engine"
+        else lambda: with_generate(model, prompts)
+    )
+    check_greedy(model, prompts)
+    with torch.no_grad():
+        benchmark(call)
+    tokens = PROMPTS * GROUP * NEW
+    benchmark.extra_info |= {
+        "tokens_per_second": tokens / benchmark.stats.stats.median,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu": platform.processor() or platform.machine(),
+    }
+
+
+def check_greedy(model, prompts):
+    """Refuses to time an engine that decodes anything else than `generate`."""
+    engine = TransformersEngine(model, dtype=torch.float32)
+    requests = [Request(row, Sampling(max_tokens=8, temperature=0.0)) for row in prompts.tolist()]
+    ours = [group[0].token_ids for group in engine.generate(requests)]
+    theirs = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False
+    )
+    assert ours == theirs[:, prompts.shape[1] :].tolist()

@@ -1,0 +1,300 @@
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import VOCAB, causal_lm, keep_norm_dtype
+
+from trimtab.rl.batch import RolloutBatch
+from trimtab.rl.config import PruningConfig, TrustRegionConfig, UpdateConfig
+from trimtab.rl.objective import objective, policy_statistics, token_weights, trusted_rollouts
+
+TEMPERATURE, MAX_TOKENS = 0.8, 9
+ADVANTAGES = ["token_baseline", "group_mean", "group_std", "leave_one_out"]
+LOSSES = ["ratio", "ppo_clip", "reinforce"]
+RULES = ["balanced", "seq_mean", "token_mean", "token_mean_group", "seq_mean_token_sum_norm"]
+REGION = TrustRegionConfig(max_threshold=0.02, mean_threshold=0.01)  # keeps some of the rollouts
+SWITCHES = [
+    {},
+    {"trust_region": REGION},
+    {"trust_region": replace(REGION, denominator="kept", max_statistic="abs_log_ratio",
+                             max_threshold=0.2)},
+    *({"pruning": PruningConfig(rho=0.1, out_of_set=policy)}
+      for policy in ("include", "mask_token", "reject_sequence")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return keep_norm_dtype(causal_lm("llama_gqa", dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def float32_model():
+    return causal_lm("llama_gqa")
+
+
+def logits_alone(model, batch, row):
+    """[T_row, V] of one trajectory, at the temperature."""
+    prompt = batch.prompts[batch.group_index[row]]
+    ids = torch.tensor(prompt + batch.tokens[row, batch.mask[row]].tolist())
+    return model(ids[None]).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+
+
+@functools.cache
+def make_batch(model, seed=0, rho=0.0, spread=0.12):
+    """Samples of the model; rollout_logp is its own plus noise, old_logp its own plus less noise.
+
+    rho > 0: both are pruned, a sampled token outside its safe set forced in.
+    """
+    g = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(VOCAB, (n,), generator=g).tolist() for n in (5, 1, 3, 4)]
+    index = torch.tensor([2, 0, 0, 1, 3, 0, 1, 2, 1, 0, 1])[torch.randperm(11, generator=g)]
+    mask = torch.arange(7) < torch.randint(1, 8, (11, 1), generator=g)
+    tokens = torch.randint(VOCAB, mask.shape, generator=g).masked_fill(~mask, 0)
+    rewards = torch.randint(3, (11,), generator=g).float() / 2
+    logp = torch.zeros(mask.shape, dtype=torch.float64)
+    batch = RolloutBatch(prompts, tokens, mask, logp, index, 100 - 7 * index, rewards, ~mask[:, -1])
+    with torch.no_grad():
+        for row, t in mask.nonzero():
+            p = logits_alone(model, batch, row)[t].softmax(-1)
+            token = torch.multinomial(p, 1, generator=g)
+            tokens[row, t] = token
+            kept = (p >= rho * p.max()).index_fill(0, token, True)
+            logp[row, t] = p[token].log() - p[kept].sum().log()
+    noise = torch.randn(2, *mask.shape, generator=g, dtype=torch.float64) * mask
+    rollout = (logp + spread * noise[0] * (torch.arange(11) % 3 / 2)[:, None]).float()
+    return replace(batch, rollout_logp=rollout), (logp + 0.3 * spread * noise[1]).detach()
+
+
+def run(model, batch, old_logp, config, parts):
+    """The loop's update without its trainer: loss and flat gradient, the batch taken in parts."""
+    model.zero_grad()
+    keep = None
+    if config.trust_region is not None and config.trust_region.denominator == "kept":
+        keep = batch.mask.new_zeros(len(batch))
+        for rows in parts:
+            part = batch.select(rows)
+            stats = policy_statistics(model, part, config, TEMPERATURE)
+            keep[rows] = trusted_rollouts(stats, part, config)[0]
+    weights, loss = token_weights(batch, config, MAX_TOKENS, None, keep), 0.0
+    for rows in parts:
+        part = batch.select(rows)
+        stats = policy_statistics(model, part, config, TEMPERATURE)
+        width = part.mask.shape[1]
+        found, metrics = objective(
+            stats, part, weights[rows][:, :width], old_logp[rows, :width], config
+        )
+        assert not any(x.requires_grad for x in metrics.values())
+        assert all(math.isfinite(float(x)) for x in metrics.values())
+        found.backward()
+        loss += found.item()
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def whole(batch):
+    return [torch.ones(len(batch), dtype=torch.bool)]
+
+
+def assert_parts_add_up(model, config, seed):
+    batch, old_logp = make_batch(model, seed, 0.0 if config.pruning is None else config.pruning.rho)
+    loss, grad = run(model, batch, old_logp, config, whole(batch))
+    assert grad.norm() > 1e-3
+    parts = [batch.rows_of_prompts(first, last) for first, last in ((0, 1), (1, 3), (3, 4))]
+    other_loss, other_grad = run(model, batch, old_logp, config, parts)
+    assert other_loss == pytest.approx(loss, rel=1e-10, abs=1e-10)
+    assert (grad - other_grad).norm() < 1e-10 * grad.norm()
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=range(len(SWITCHES)))
+@pytest.mark.parametrize("rule", RULES)
+def test_parts_add_up_for_every_rule_and_switch(model, rule, switch):
+    assert_parts_add_up(model, UpdateConfig(aggregation=rule, **switch), seed=8)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_parts_add_up_for_every_advantage_and_loss(model, loss, advantage):
+    both = SWITCHES[1] | SWITCHES[3]
+    assert_parts_add_up(model, UpdateConfig(loss=loss, advantage=advantage), seed=8)
+    assert_parts_add_up(model, UpdateConfig(loss=loss, advantage=advantage, **both), seed=8)
+
+
+def centred(batch):
+    """[B] reward minus the group's mean."""
+    return [
+        float(r - batch.rewards[batch.group_ids == g].double().mean())
+        for r, g in zip(batch.rewards, batch.group_ids, strict=True)
+    ]
+
+
+def weights_by_loops(batch, rule, counts):
+    """[B] weight of one token of each rollout, from the table; `counts` are the rows that count."""
+    lengths, advantage = batch.mask.sum(-1).tolist(), centred(batch)
+    ids = batch.group_ids.tolist()
+    groups = len({ids[i] for i in counts})
+    weights = torch.zeros(len(batch), dtype=torch.float64)
+    for i in counts:
+        group = [j for j in counts if ids[j] == ids[i]]
+        side = [j for j in group if (advantage[j] > 0) - (advantage[j] < 0)
+                == (advantage[i] > 0) - (advantage[i] < 0)]  # fmt: skip
+        weights[i] = {
+            "seq_mean": 1 / (groups * len(group) * lengths[i]),
+            "token_mean": 1 / sum(lengths[j] for j in counts),
+            "token_mean_group": 1 / (groups * sum(lengths[j] for j in group)),
+            "seq_mean_token_sum_norm": 1 / (groups * len(group) * MAX_TOKENS),
+            "balanced": len(side) / len(group) / (groups * sum(lengths[j] for j in side)),
+        }[rule]
+    return weights
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_denominators(model, rule):
+    batch, _ = make_batch(model, 3)
+    config = UpdateConfig(aggregation=rule)
+    everyone = list(range(len(batch)))
+    weights = token_weights(batch, config, MAX_TOKENS, None)
+    truth = weights_by_loops(batch, rule, everyone)[:, None] * batch.mask
+    torch.testing.assert_close(weights.double(), truth, rtol=1e-6, atol=0)
+    keep = torch.arange(len(batch)) % 3 != 1
+    keep &= batch.group_index != 3  # a group of which nothing is left is no group
+    kept = [i for i in everyone if keep[i]]
+    weights = token_weights(batch, config, MAX_TOKENS, None, keep)
+    truth = weights_by_loops(batch, rule, kept)[:, None] * batch.mask
+    torch.testing.assert_close(weights.double(), truth, rtol=1e-6, atol=0)
+
+
+def loss_by_loops(model, batch, old_logp, config):
+    """`ratio` loss, optimal token baseline, balanced aggregation: one token at a time."""
+    rows = range(len(batch))
+    lp, energy, inside = [], [], []  # per rollout: tensors with gradient; W_t; safe-set membership
+    for i in rows:
+        x, y = logits_alone(model, batch, i), batch.tokens[i, batch.mask[i]]
+        safe = torch.ones_like(x, dtype=torch.bool)
+        if config.pruning is not None:
+            safe = x.softmax(-1) >= config.pruning.rho * x.softmax(-1).amax(-1, keepdim=True)
+        inside.append(safe.gather(-1, y[:, None])[:, 0])
+        log_q = x.masked_fill(~safe.scatter(-1, y[:, None], True), -torch.inf).log_softmax(-1)
+        lp.append(log_q.gather(-1, y[:, None])[:, 0])
+        w = 1 - 2 * lp[i].exp() + log_q.exp().square().sum(-1)
+        correction = (old_logp[i, : len(y)] - batch.rollout_logp[i, : len(y)]).exp().clamp_max(2)
+        energy.append((correction**2 * w).detach().cumsum(0))
+    ratio = [(lp[i] - batch.rollout_logp[i, : len(lp[i])]).clamp(-20, 20).exp() for i in rows]
+
+    keep, region = list(rows), config.trust_region
+    if region is not None:
+        assert region.max_statistic == "k2"
+        keep = [
+            i
+            for i in rows
+            if (ratio[i].log() ** 2 / 2).max() <= region.max_threshold
+            and (ratio[i] - 1 - ratio[i].log()).mean() <= region.mean_threshold
+        ]
+        assert 0 < len(keep) < len(batch)
+    counts = keep if region is not None and region.denominator == "kept" else list(rows)
+    weights = weights_by_loops(batch, "balanced", counts)
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in keep:
+        group = [j for j in rows if batch.group_ids[j] == batch.group_ids[i]]
+        second = sorted(len(lp[j]) for j in group)[-2] if len(group) > 1 else 0
+        for t in range(len(lp[i])):
+            there = [j for j in group if len(lp[j]) > t]
+            above = sum(energy[j][t] * batch.rewards[j] for j in there)
+            baseline = above / (sum(energy[j][t] for j in there) + 1e-8)
+            advantage = batch.rewards[i] - (baseline if t < second else 0.0)
+            policy = "include" if config.pruning is None else config.pruning.out_of_set
+            dropped = (policy == "mask_token" and not inside[i][t]) or (
+                policy == "reject_sequence" and not inside[i].all()
+            )
+            if not dropped:
+                loss = loss - weights[i] * advantage * ratio[i][t]
+    return loss, inside
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        *SWITCHES[:2],
+        {"trust_region": replace(REGION, denominator="kept")},
+        *SWITCHES[3:],
+        SWITCHES[1] | SWITCHES[4],
+    ],
+    ids=["plain", "total", "kept", "include", "mask_token", "reject_sequence", "total+mask_token"],
+)
+@pytest.mark.parametrize("route", ["packed", "dense"])
+def test_the_objective_is_its_definition(model, route, switch):
+    config = UpdateConfig(route=route, **switch)
+    batch, old_logp = make_batch(model, 8, 0.0 if config.pruning is None else config.pruning.rho)
+    truth, inside = loss_by_loops(model, batch, old_logp, config)
+    outside = sum(int((~x).sum()) for x in inside)
+    assert (0 < outside < int(batch.mask.sum())) == ("pruning" in switch)
+    true_grad = torch.autograd.grad(truth, list(model.parameters()))
+    true_grad = torch.cat([x.flatten() for x in true_grad])
+    loss, grad = run(model, batch, old_logp, config, whole(batch))
+    assert loss == pytest.approx(truth.item(), rel=1e-6)
+    assert (grad - true_grad).norm() < 1e-6 * true_grad.norm()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("advantage", ["group_mean", "group_std", "leave_one_out"])
+def test_on_policy_every_loss_has_the_vanilla_gradient(model, advantage, rule):
+    batch, _ = make_batch(model, 5)
+    config = UpdateConfig(advantage=advantage, aggregation=rule)
+    logp = policy_statistics(model, batch, config, TEMPERATURE).logp
+    batch = replace(batch, rollout_logp=logp.detach())
+    values, weight = centred(batch), weights_by_loops(batch, rule, list(range(len(batch))))
+    truth = torch.zeros((), dtype=torch.float64)
+    for i, a in enumerate(values):
+        others = [
+            v for v, g in zip(values, batch.group_ids, strict=True) if g == batch.group_ids[i]
+        ]
+        n = len(others)
+        if advantage == "group_std":
+            a = a / (math.sqrt(sum(v * v for v in others) / max(n - 1, 1)) + 1e-6)
+        elif advantage == "leave_one_out":
+            a = a * n / max(n - 1, 1)
+        truth = truth - weight[i] * a * logp[i, batch.mask[i]].sum()
+    true_grad = torch.autograd.grad(truth, list(model.parameters()))
+    true_grad = torch.cat([x.flatten() for x in true_grad])
+    for loss in LOSSES:
+        _, grad = run(model, batch, logp.detach(), replace(config, loss=loss), whole(batch))
+        assert (grad - true_grad).norm() < 1e-6 * true_grad.norm(), loss
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_extreme_log_ratios_stay_finite(float32_model, loss, size):
+    model = float32_model  # e^30 squared is still finite, e^1e4 is not
+    batch, _ = make_batch(model, 2)
+    signs = torch.where(torch.arange(7) % 2 == 0, 1.0, -1.0)
+    batch = replace(batch, rollout_logp=batch.rollout_logp + size * signs)
+    for switch in SWITCHES[:4:3]:
+        for old in (batch.rollout_logp, torch.zeros_like(batch.rollout_logp)):  # both far off
+            loss_value, grad = run(
+                model, batch, old, UpdateConfig(loss=loss, **switch), whole(batch)
+            )
+            assert math.isfinite(loss_value) and grad.isfinite().all()
+
+
+def test_nothing_at_padding_matters(model):
+    batch, old_logp = make_batch(model, 4)
+    for config in (
+        UpdateConfig(),
+        UpdateConfig(loss="ppo_clip", advantage="group_mean", **SWITCHES[1]),
+    ):
+        loss, grad = run(model, batch, old_logp, config, whole(batch))
+        nan = torch.tensor(float("nan"))
+        dirty = replace(batch, rollout_logp=torch.where(batch.mask, batch.rollout_logp, nan))
+        old = torch.where(batch.mask, old_logp, nan.double())
+        other_loss, other_grad = run(model, dirty, old, config, whole(batch))
+        assert loss == other_loss and torch.equal(grad, other_grad)
+
+
+# Edits to rl/objective.py that must turn this file red:
+#   outcome_advantages: batch.group_ids -> batch.group_index * 0       (one group)
+#   old_logp - batch.rollout_logp (of correction)  ->  logp - batch.rollout_logp
+#   apply_weights(token_loss, weights * mask, keep)  ->  without keep
+#   last = batch.mask.sum(-1) - 1  ->  batch.mask.sum(-1) * 0
+#   valid=keep  ->  valid=None
+#   temperature=temperature, prune=rho  ->  prune=rho
