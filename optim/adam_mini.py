@@ -25,7 +25,7 @@ from .blocks import BlockLayout, BlockMap, Preset, geometric_layout, infer_block
 
 
 class AdamMiniState(NamedTuple):
-    """What an update returns: param and exp_avg [shape of param], exp_avg_sq one entry per block."""
+    """What an update returns: param and exp_avg as they came in, exp_avg_sq one entry per block."""
 
     param: Tensor
     exp_avg: Tensor

@@ -37,7 +37,9 @@ class Styles:
 
     def __post_init__(self) -> None:
         if min(self.worked, self.checked) < 0 or self.worked + self.checked > 1:
-            raise ValueError(f"styles: expected shares in [0, 1] with a sum of at most 1, got {self}")
+            raise ValueError(
+                f"styles: expected shares in [0, 1] with a sum of at most 1, got {self}"
+            )
 
 
 class ChainSumTask(ReasoningGymTask):
@@ -59,7 +61,7 @@ class ChainSumTask(ReasoningGymTask):
         min_terms: int = 2,
         max_terms: int = 5,
         shots: int = 8,
-        styles: Styles = Styles(),  # noqa: B008 (frozen)
+        styles: Styles = Styles(),
         seed: int = 0,
     ) -> None:
         if shots < 0:
@@ -80,7 +82,7 @@ class ChainSumTask(ReasoningGymTask):
         return Problem(f"{split}/{index}", prompt, {"entry": entry})
 
     def document(self, index: int, styles: Styles) -> list[tuple[str, str]]:
-        """(question, answer) texts of one supervised document: `shots` + 1 of them, all answered."""
+        """(question, answer) texts of one supervised document: `shots` + 1, all answered."""
         return self._shots("train", index + DOCUMENTS_OFFSET, self.shots + 1, styles)
 
     def characters(self) -> str:
@@ -119,7 +121,9 @@ def answer_text(entry: dict[str, Any], style: str) -> str:
     """
     if style == "direct":
         return f"#{entry['answer']}\n"
-    terms = [int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))]
+    terms = [
+        int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))
+    ]
     total, steps = terms[0], []
     for term in terms[1:]:
         steps.append(_step(total, term))

@@ -1,7 +1,7 @@
 """`trimtab-rl`: reads a recipe, checks everything, then trains.
 
     trimtab-rl --config chain_sum_cpu --updates 30 --update.lr 2e-4
-    trimtab-rl --config recipe.yaml --trainer.devices 2 --trainer.accelerator cpu --trainer.strategy ddp
+    trimtab-rl --config recipe.yaml --trainer.devices 2 --trainer.strategy ddp
     trimtab-rl --resume runs/RUN
     trimtab-rl report runs/RUN
 
@@ -44,7 +44,14 @@ TRAINER_OPTIONS = {
     "enable_progress_bar",
 }
 # What may differ between a run and its continuation without changing what it computes.
-FREE_ON_RESUME = ("updates", "run_dir", "record.", "trainer.max_", "trainer.enable_", "trainer.prof")
+FREE_ON_RESUME = (
+    "updates",
+    "run_dir",
+    "record.",
+    "trainer.max_",
+    "trainer.enable_",
+    "trainer.prof",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,12 +151,15 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
         _refuse_changes(stored_text, text)
     try:
         made = parser.instantiate(parsed)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise ValueError(explain(error, parser)) from error
     from .config import RLConfig
 
     config = RLConfig(**{f.name: made[f.name] for f in dataclasses.fields(RLConfig)})
     return config, dict(vars(made["trainer"])), resume, text
+
+
+_ON_THE_WAY = ("Parser key", "Problem with given class_path")
 
 
 def explain(error: Exception, parser: Any) -> str:
@@ -168,8 +178,11 @@ def explain(error: Exception, parser: Any) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     path: list[str] = []
     types = value = ""
+    in_union = False
     task: Any = None
     for line in lines:
+        if line.startswith(_ON_THE_WAY):
+            types = ""  # of a union one of whose types says more
         if found := re.fullmatch(r"Problem with given class_path '([\w.]+)':", line):
             made = _class(found[1])
             if made is not None and not dataclasses.is_dataclass(made):
@@ -189,15 +202,19 @@ def explain(error: Exception, parser: Any) -> str:
             break
         elif line.startswith("Given value: "):
             value = line.removeprefix("Given value: ")
+            break
+        elif line == "Errors:":
+            in_union = True
+        elif in_union and re.match(r"[\w.]+: ", line):  # a check of one of our dataclasses
+            return f"{'.'.join(path)}: {line}" if path else line
     if path and types:
         return f"{'.'.join(path)}: expected {_readable(types)}, got {value!r}"
-    known = ("Parser key", "Problem with given class_path")
-    rest = " ".join(line for line in lines if not line.startswith(known))
+    rest = " ".join(line for line in lines if not line.startswith(_ON_THE_WAY))
     return f"{'.'.join(path)}: {rest}" if path else rest
 
 
 def _unknown_key(key: str, parser: Any, task: Any) -> str:
-    """Names the nearest valid key: the same name elsewhere, a sibling, then whatever is alike."""
+    """Names the nearest valid key: a sibling, one alike as a whole, or one elsewhere."""
     from .config import RLConfig
 
     valid = [*_keys(RLConfig), "trainer", *(f"trainer.{name}" for name in sorted(TRAINER_OPTIONS))]
@@ -207,7 +224,7 @@ def _unknown_key(key: str, parser: Any, task: Any) -> str:
     parent, _, leaf = key.rpartition(".")
     siblings = {v.rpartition(".")[2]: v for v in valid if v.rpartition(".")[0] == parent}
     leaves = {v.rpartition(".")[2]: v for v in reversed(valid)}
-    near = leaves.get(leaf)
+    near = None
     whole = {v: v for v in valid}
     for wanted, names, cutoff in ((leaf, siblings, 0.6), (key, whole, 0.8), (leaf, leaves, 0.6)):
         match = difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff)
@@ -258,7 +275,9 @@ def _recipe_path(name: str) -> str:
     if Path(name).is_file() or not packaged.is_file():
         if not Path(name).is_file():
             names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-            raise ValueError(f"--config: no file and no packaged recipe {name!r} (packaged: {names})")
+            raise ValueError(
+                f"--config: no file and no packaged recipe {name!r} (packaged: {names})"
+            )
         return _checked(name)
     return str(packaged)
 
@@ -307,7 +326,8 @@ def _refuse_changes(stored: str, now: str) -> None:
 
     before, after = _flat(yaml.safe_load(stored)), _flat(yaml.safe_load(now))
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith(FREE_ON_RESUME):
+        # as text: the command line has '1' where a file has 1
+        if str(before.get(key)) != str(after.get(key)) and not key.startswith(FREE_ON_RESUME):
             raise ValueError(
                 f"--resume: {key} was {before.get(key)!r} in that run, got {after.get(key)!r}; "
                 "a continued run keeps its configuration"

@@ -65,7 +65,8 @@ class RolloutConfig:
             value = getattr(self, name)
             _require(value >= 1, f"rollout.{name}", "a count >= 1", value)
         _require(self.temperature > 0, "rollout.temperature", "a number > 0", self.temperature)
-        _require(self.reward_timeout > 0, "rollout.reward_timeout", "seconds > 0", self.reward_timeout)
+        seconds = self.reward_timeout
+        _require(seconds > 0, "rollout.reward_timeout", "seconds > 0", seconds)
 
 
 @dataclass(frozen=True)

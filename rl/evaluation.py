@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-
 import torch.distributed as dist
 
 from .loop import RLModule, stable_seed
@@ -47,9 +46,7 @@ def evaluate(module: RLModule, engine: RolloutEngine, version: int) -> Evaluatio
         The same Evaluation on every process.
     """
     config = module.config.evaluation
-    rank, world = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    )
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     engine.update_weights(module.policy.named_parameters(), version)
     numbers = range(rank, config.problems, world)
     problems = [module.task.problem("heldout", n) for n in numbers]
@@ -128,6 +125,3 @@ def _summary(sums: dict[str, list[float]]) -> Evaluation:
             name.removeprefix("label/"): (sums[name][1] / samples, mean(name)) for name in labels
         },
     )
-
-
-

@@ -104,11 +104,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: a line other than the last is not JSON (file and line).
     """
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or a character that was cut
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
     return rows
@@ -235,7 +235,12 @@ class ProgressLines(Callback):
 
     @rank_zero_only
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         total = trainer.num_training_batches
         done = getattr(module, "updates_done", batch_idx + 1)

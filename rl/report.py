@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
             ("mean length (tokens)", "length", "{:.1f}"),
         ):
             table.add_row(title, form.format(before[key]), form.format(after[key]))
+        if before["lost"] or after["lost"]:
+            table.add_row("rollouts without a reward", str(before["lost"]), str(after["lost"]))
         for label in sorted(before["by_label"].keys() | after["by_label"].keys()):
             cells = [_label_cell(when["by_label"].get(label)) for when in (before, after)]
             table.add_row(f"{label}: share, accuracy", *cells)
@@ -73,14 +76,15 @@ def draw_report(metrics: Path, picture: Path) -> None:
     (reward, length, mismatch), (rate, entropy, groups) = axes
 
     _line(reward, rows, "reward", "mean reward")
-    reward.set(title="reward", ylim=(0, 1.02) if max(r.get("reward", 0) for r in rows) <= 1 else None)
+    reward.set(
+        title="reward", ylim=(0, 1.02) if max(r.get("reward", 0) for r in rows) <= 1 else None
+    )
 
     _line(length, rows, "length", "mean")
-    updates, means = _series(rows, "length")
-    spread = _series(rows, "length_std")[1]
-    low, high = (
-        [m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1)
-    )
+    spreads = [row for row in rows if row.get("length_std") is not None]
+    updates, means = _series(spreads, "length")
+    spread = _series(spreads, "length_std")[1]
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
     length.fill_between(updates, low, high, alpha=0.2, label="one standard deviation")
     length.set(title="response length (tokens)")
     length.set_ylim(bottom=0)
@@ -101,7 +105,7 @@ def draw_report(metrics: Path, picture: Path) -> None:
     if fired:
         rate.axvline(fired[0], color="tab:red", linestyle="--", label="length trigger")
     factors = [(row["update"], row.get("length_rate/factor", 1.0)) for row in rows]
-    falls = [u for (_, a), (u, b) in zip(factors, factors[1:], strict=False) if b < a]
+    falls = [u for (_, a), (u, b) in pairwise(factors) if b < a]
     for i, update in enumerate(falls):
         label = "rate falls" if i == 0 else None
         rate.axvline(update, color="tab:orange", linestyle=":", label=label)

@@ -1,8 +1,8 @@
 """Reward functions, called in a process of their own so that one bad answer costs one rollout.
 
-A function that raises, hangs or kills its process loses that rollout only: its reward is None, which
-the loop counts, logs and excludes. This module imports neither torch nor the host libraries, so that
-a worker starts in a fraction of a second.
+A function that raises, hangs or kills its process loses that rollout only: its reward is None,
+which the loop counts, logs and excludes. This module imports neither torch nor the host libraries,
+so that a worker starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -110,8 +110,12 @@ def _score_entries(
     rewards = []
     for completion, problem in zip(completions, entry, strict=True):
         found = answer_after in completion
-        answer = completion.rpartition(answer_after)[2].strip() if answer_after else completion.strip()
-        score = _generator(name, key, params).score_answer(answer, problem) if found and answer else 0.0
+        answer = (
+            completion.rpartition(answer_after)[2].strip() if answer_after else completion.strip()
+        )
+        score = (
+            _generator(name, key, params).score_answer(answer, problem) if found and answer else 0.0
+        )
         rewards.append(float(score if threshold is None else score >= threshold))
     return rewards
 
@@ -211,11 +215,15 @@ class RewardWorker:
             self._pipe.recv()
         except EOFError:
             self.close()
-            raise RuntimeError("the reward process died as it started; why, it has printed") from None
+            raise RuntimeError(
+                "the reward process died as it started; why, it has printed"
+            ) from None
 
 
 def _serve(function: RewardFunction, pipe: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the trainer, which ends this process
     pipe.send("ready")
     while True:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,8 @@ def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]
         )
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"policy.path: cannot load {path}: {error}") from error
+        why = textwrap.shorten(str(error), 240)  # it may go on about pip and GitHub
+        raise ValueError(f"policy.path: cannot load {path}: {why}") from error
     return model, tokenizer
 
 
@@ -275,7 +277,7 @@ def check_checkpoint(path: Path, module: RLModule) -> int:
         Updates done when it was written.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape, or it is no checkpoint of ours.
+        ValueError: a weight is missing, unknown or of another shape, or the file is not ours.
     """
     checkpoint = torch.load(path, map_location="meta", weights_only=True)
     if "trimtab" not in checkpoint:
@@ -285,5 +287,7 @@ def check_checkpoint(path: Path, module: RLModule) -> int:
         expected = tuple(own[name].shape) if name in own else "no such weight"
         found = tuple(stored[name].shape) if name in stored else "nothing"
         if expected != found:
-            raise ValueError(f"resume: {path} does not fit: {name}: expected {expected}, got {found}")
+            raise ValueError(
+                f"resume: {path} does not fit: {name}: expected {expected}, got {found}"
+            )
     return checkpoint["trimtab"]["updates_done"]

@@ -1,7 +1,7 @@
 """Where problems come from and how a completion is scored.
 
 A task turns an index into a `Problem` (the same index always gives the same problem, so a resumed
-run needs no data state) and names the reward function that a `RewardWorker` calls in its own process.
+run needs no data state) and names the reward function that a `RewardWorker` calls in its process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ReasoningGymTask(Task):
         template: prompt text; `{question}` is replaced by the generator's question.
         answer_after: the answer is what follows the last occurrence of this text in the completion;
             empty takes the whole completion. A completion without it scores 0.
-        threshold: scores of at least this are 1, others 0 (some generators give consolation scores);
+        threshold: scores of at least this are 1, others 0 (some generators console with a little);
             null keeps the generator's score in [0, 1].
         stop: text of the token that ends an answer; empty relies on the end-of-sequence token.
         seed: of the training problems; held-out problems come from another seed.
@@ -84,7 +84,12 @@ class ReasoningGymTask(Task):
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}}, got {template!r}")
         self.name, self.params, self.template = name, dict(params or {}), template
-        self.answer_after, self.threshold, self.stop, self.seed = answer_after, threshold, stop, seed
+        self.answer_after, self.threshold, self.stop, self.seed = (
+            answer_after,
+            threshold,
+            stop,
+            seed,
+        )
         self._sets = {
             "train": _reasoning_gym_set(name, self.params, seed),
             "heldout": _reasoning_gym_set(name, self.params, seed + HELDOUT_SEED_OFFSET),
@@ -95,7 +100,9 @@ class ReasoningGymTask(Task):
         entries = self._sets[split]
         index %= len(entries)
         state = random.getstate()
-        random.seed(f"{self.seed}/{split}/{index}")  # list_functions draws from the global generator
+        random.seed(
+            f"{self.seed}/{split}/{index}"
+        )  # list_functions draws from the global generator
         try:
             return entries[index]
         finally:
@@ -123,12 +130,16 @@ def _reasoning_gym_set(name: str, params: dict[str, Any], seed: int) -> Any:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as missing:
-        raise ValueError("task: reasoning-gym is not installed; pip install 'trimtab[rl]'") from missing
+        raise ValueError(
+            "task: reasoning-gym is not installed; pip install 'trimtab[rl]'"
+        ) from missing
     if name not in DATASETS:
         near = ", ".join(difflib.get_close_matches(name, DATASETS, n=3)) or "none"
         raise ValueError(f"name: expected a reasoning-gym generator, got {name!r}; nearest: {near}")
     try:
-        return reasoning_gym.create_dataset(name, seed=seed, size=PREPARED.get(name, ENDLESS), **params)
+        return reasoning_gym.create_dataset(
+            name, seed=seed, size=PREPARED.get(name, ENDLESS), **params
+        )
     except (TypeError, AssertionError, ValueError) as refused:
         raise ValueError(f"params: {name} refuses {params}: {refused}") from refused
 
@@ -137,7 +148,7 @@ class JsonLinesTask(Task):
     """Prompts from a JSON-lines file and a reward function named as `package.module:function`.
 
     Each line is an object with a string `prompt`; its other keys reach the reward function as
-    columns. The function has the form TRL uses: `(prompts, completions, completion_ids, **columns)`,
+    columns. The function has TRL's form: `(prompts, completions, completion_ids, **columns)`,
     lists in, a list of float or None out (None excludes the rollout).
 
     Args:
@@ -186,7 +197,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         One dict per line, each with a non-empty string under `prompt`.
 
     Raises:
-        ValueError: the file is missing or holds no prompt; or a line is malformed: file:line and why.
+        ValueError: the file is missing or holds no prompt; or a line is malformed (file:line, why).
     """
     if not path.is_file():
         raise ValueError(f"path: expected a JSON-lines file, {path} does not exist")

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -58,7 +57,7 @@ class WarmupConfig:
         layers: decoder layers.
         heads: attention heads; their size is hidden_size / heads.
         ffn: width of the feed-forward layer.
-        vocab_size: token ids; those beyond the task's characters are unused and give pruning a tail.
+        vocab_size: token ids; those beyond the task's characters are unused: a tail to prune.
         reasoning_steps: steps of the first phase (answers worked out only).
         mixture_steps: steps of the second phase (`styles`).
         reasoning_styles: answer styles of the first phase.
@@ -70,7 +69,7 @@ class WarmupConfig:
         cache_dir: folder that keeps finished bases, one per configuration.
 
     Raises:
-        ValueError: a size below 1, or hidden_size / heads is not even.
+        ValueError: a size below 1, steps below 0, or hidden_size / heads is not even.
     """
 
     hidden_size: int = 128
@@ -80,8 +79,8 @@ class WarmupConfig:
     vocab_size: int = 64
     reasoning_steps: int = 1000
     mixture_steps: int = 150
-    reasoning_styles: Styles = Styles(worked=0.7, checked=0.3)
-    styles: Styles = Styles(worked=0.2, checked=0.1)
+    reasoning_styles: Styles = Styles(worked=0.7, checked=0.3)  # noqa: RUF009 (frozen)
+    styles: Styles = Styles(worked=0.2, checked=0.1)  # noqa: RUF009 (frozen)
     batch_documents: int = 6
     muon_lr: float = 0.02
     adamw_lr: float = 4e-3
@@ -92,9 +91,13 @@ class WarmupConfig:
         for name in ("hidden_size", "layers", "heads", "ffn", "vocab_size", "batch_documents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a count >= 1, got {getattr(self, name)}")
+        for name in ("reasoning_steps", "mixture_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a count >= 0, got {getattr(self, name)}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
-                f"heads: expected hidden_size / heads to be even, got {self.hidden_size} / {self.heads}"
+                "heads: expected hidden_size / heads to be even, "
+                f"got {self.hidden_size} / {self.heads}"
             )
 
 
@@ -154,11 +157,11 @@ def warm_up(task: DocumentTask, config: WarmupConfig, callbacks: list[pl.Callbac
             started = time.time()
             model, tokenizer = _train(task, config, callbacks)
             recipe["seconds"] = round(time.time() - started, 1)
-            unfinished = cache / f"{folder.name}.{os.getpid()}"
+            unfinished = cache / f"{folder.name}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             (unfinished / "recipe.json").write_text(json.dumps(recipe, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
     return folder
 
@@ -173,9 +176,6 @@ def _train(
     task: DocumentTask, config: WarmupConfig, callbacks: list[pl.Callback]
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = character_tokenizer(task.characters(), config.vocab_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        module = WarmupModule(config, tokenizer)
     batches = _Documents(task, config, tokenizer)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -187,7 +187,12 @@ def _train(
         enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         callbacks=callbacks,
     )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a run goes on alike whether it finds a base or makes it
+        torch.manual_seed(config.seed)
+        module = WarmupModule(config, tokenizer)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
     return module.model.eval(), tokenizer
 
 

@@ -33,7 +33,13 @@ def obey(prompts, completions, completion_ids, **columns):
         sys.exit(3)
     if order == "print":
         print("x" * 3_000_000, flush=True)
-    results = {"none": [None], "nan": [float("nan")], "long": [1.0, 2.0], "short": [], "number": 1.0}
+    results = {
+        "none": [None],
+        "nan": [float("nan")],
+        "long": [1.0, 2.0],
+        "short": [],
+        "number": 1.0,
+    }
     results |= {"text": ["high"], "infinite": [float("inf")], "pid": [float(os.getpid())]}
     return results.get(order, [1.0])
 
@@ -42,7 +48,22 @@ async def asynchronous(prompts, completions, completion_ids, **columns):
     return [1.0]
 
 
-unpicklable = lambda prompts, completions, completion_ids, **columns: [1.0]  # noqa: E731
+unpicklable = lambda prompts, completions, completion_ids, **columns: [1.0]
 unpicklable.__qualname__ = "made.<locals>.unpicklable"
 
 NOT_A_FUNCTION = json.dumps({})
+
+
+def digits_written(prompts, completions, completion_ids):
+    """The number of digits, in units of 24: longer answers are better, and no two need be alike."""
+    return [sum(c.isdigit() for c in text) / 24 for text in completions]
+
+
+def fails_on_a(prompts, completions, completion_ids):
+    if "a" in completions[0]:
+        raise RuntimeError("no score")
+    return [len(completions[0]) / 16]
+
+
+def always_fails(prompts, completions, completion_ids):
+    raise RuntimeError("no score")

@@ -17,7 +17,9 @@ SECTION = re.compile(r"^(Args|Returns|Raises|Yields):", re.MULTILINE)
 
 
 def defined_in(module):
-    names = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
+    names = [
+        n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__
+    ]
     return [name for name in names if not name.startswith("_") and callable(getattr(module, name))]
 
 
@@ -65,7 +67,11 @@ def own_code(thing):
     if not inspect.isclass(thing):
         return inspect.getsource(thing)
     checks = [vars(thing).get(name) for name in ("__init__", "__post_init__")]
-    return "".join(inspect.getsource(f) for f in checks if hasattr(f, "__code__") and f.__code__.co_filename[:1] != "<")
+    return "".join(
+        inspect.getsource(f)
+        for f in checks
+        if hasattr(f, "__code__") and f.__code__.co_filename[:1] != "<"
+    )
 
 
 ALGORITHMS = sorted(
@@ -94,14 +100,18 @@ def test_public_name_is_documented(name):
         assert set(parameters(thing)) <= set(parameters(twin))
         return
     for parameter in parameters(thing):
-        listed = re.search(rf"^\s+(\w+, )*\**{parameter}(, \w+)*:", parts.get("Args", ""), re.MULTILINE)
+        listed = re.search(
+            rf"^\s+(\w+, )*\**{parameter}(, \w+)*:", parts.get("Args", ""), re.MULTILINE
+        )
         assert listed, f"Args: lacks {parameter}"
     if inspect.isfunction(thing):
         returns = inspect.signature(thing).return_annotation
         assert returns is not inspect.Signature.empty, "no annotation of what it returns"
         assert returns in (None, "None") or "Returns" in parts, "no Returns:"
     if "raise ValueError" in own_code(thing):
-        assert "ValueError" in parts.get("Raises", ""), "raises ValueError, and Raises: does not say so"
+        assert "ValueError" in parts.get("Raises", ""), (
+            "raises ValueError, and Raises: does not say so"
+        )
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -127,7 +137,9 @@ def test_every_module_says_what_it_is():
     names = {thing.__module__ for thing in PUBLIC.values()} | {
         f"trimtab.rl.{name}" for name in ("chain_sum", "cli", "recording", "report", "run")
     }
-    assert [n for n in sorted(names) if not (importlib.import_module(n).__doc__ or "").strip()] == []
+    assert [
+        n for n in sorted(names) if not (importlib.import_module(n).__doc__ or "").strip()
+    ] == []
 
 
 def test_the_walk_sees_what_it_should():
@@ -136,7 +148,9 @@ def test_the_walk_sees_what_it_should():
 
     assert parameters(bare) == ["x"] and "raise ValueError" in own_code(bare)
     assert len(PUBLIC) > 50 and "rl.RLConfig" in PUBLIC and "optim.AdamMini" in PUBLIC
-    bare.__doc__ = textwrap.dedent("One.\n\nArgs:\n    x: it.\n\nRaises:\n    ValueError: always.\n")
+    bare.__doc__ = textwrap.dedent(
+        "One.\n\nArgs:\n    x: it.\n\nRaises:\n    ValueError: always.\n"
+    )
     assert set(sections(bare)) == {"", "Args", "Raises"}
 
 

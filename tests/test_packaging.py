@@ -13,7 +13,9 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = ("integrations", "optim", "rl", "stability", "triton_kernels")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-OUTSIDE = sorted(path for name in ("tests", "benchmarks", "examples") for path in (ROOT / name).rglob("*.py"))
+OUTSIDE = sorted(
+    path for name in ("tests", "benchmarks", "examples") for path in (ROOT / name).rglob("*.py")
+)
 
 # layout.md section 2: who may import whom. A folder may always import itself.
 ALLOWED = {
@@ -23,7 +25,7 @@ ALLOWED = {
     "rl": {"optim", "stability", "triton_kernels"},
     "integrations": {"optim", "stability", "rl.prefix", "rl.batch"},
 }
-# Host libraries, each imported in one file of integrations/ only (rl/ is itself a Lightning program).
+# Host libraries, each imported in one file of integrations/ only (rl/ is a Lightning program).
 HOSTS = {
     "lightning": "lightning.py",
     "pytorch_lightning": "lightning.py",
@@ -47,7 +49,7 @@ def imports(path):
 
 
 def python(code, *, path=None, cwd=None):
-    """Runs code in a fresh interpreter; `path` stands first on its sys.path, the checkout nowhere."""
+    """Runs code in a fresh interpreter; `path` stands first on its path, the checkout nowhere."""
     if path is not None:
         code = (
             f"import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in "
@@ -105,7 +107,9 @@ def test_packages_are_the_folders():
     for folder in FOLDERS:  # no nested package, so the list is complete
         nested = [p for p in (ROOT / folder).rglob("*.py") if p.parent != ROOT / folder]
         assert nested == []
-    assert not (ROOT / "triton_kernels" / "__init__.py").exists()  # that bare name is another project's
+    assert not (
+        ROOT / "triton_kernels" / "__init__.py"
+    ).exists()  # that bare name is another project's
 
 
 def test_each_link_resolves_and_is_a_link_in_git():
@@ -117,7 +121,9 @@ def test_each_link_resolves_and_is_a_link_in_git():
         ["git", "ls-files", "-s", "trimtab"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     modes = {line.split()[3].removeprefix("trimtab/"): line.split()[0] for line in listed}
-    assert modes == {"__init__.py": "100644", "py.typed": "100644"} | dict.fromkeys(FOLDERS, "120000")
+    assert modes == {"__init__.py": "100644", "py.typed": "100644"} | dict.fromkeys(
+        FOLDERS, "120000"
+    )
 
 
 def test_wheel_holds_trimtab_only(built):
@@ -144,7 +150,8 @@ def test_installed_copy_works_and_leaks_no_name(installed):
     assert {root for root in roots if not root.endswith(".dist-info")} == {"trimtab"}
     origin = python(
         """
-import importlib, trimtab.optim, trimtab.rl.rewards, trimtab.stability, trimtab.triton_kernels.token_stats
+import importlib
+import trimtab.optim, trimtab.rl.rewards, trimtab.stability, trimtab.triton_kernels.token_stats
 from trimtab.rl.cli import RECIPES
 assert list(RECIPES.glob("*.yaml")), RECIPES
 for name in ("optim", "stability", "integrations", "rl", "triton_kernels"):
@@ -158,7 +165,9 @@ print(trimtab.__file__, trimtab.rl.__file__)
         path=installed,
         cwd=installed,
     )
-    assert origin.split() == [str(installed / "trimtab" / part) for part in ("__init__.py", "rl/__init__.py")]
+    assert origin.split() == [
+        str(installed / "trimtab" / part) for part in ("__init__.py", "rl/__init__.py")
+    ]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -91,7 +91,9 @@ def test_a_hung_worker_is_killed_and_replaced(obeying):
 
 
 def test_one_process_serves_all_and_close_ends_it(obeying):
-    pids = set(score(obeying, ["pid", "raise", "pid"]).rewards) | set(score(obeying, ["pid"]).rewards)
+    pids = set(score(obeying, ["pid", "raise", "pid"]).rewards) | set(
+        score(obeying, ["pid"]).rewards
+    )
     (pid,) = pids - {None}
     for _ in range(2):
         obeying.close()
@@ -109,7 +111,7 @@ def test_worker_refuses_what_cannot_work():
     for timeout in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="reward_timeout"):
             RewardWorker(reward_functions.length, timeout)
-    with pytest.raises(ValueError, match="reward: .* cannot reach its process"):
+    with pytest.raises(ValueError, match=r"reward: .* cannot reach its process"):
         RewardWorker(reward_functions.unpicklable)
     RewardWorker(reward_functions.length).close()  # never started
 
@@ -173,4 +175,4 @@ def test_thresholds():
 #   repr(params), params in reasoning_gym_reward                   ->  hash of the params' items
 #   math.isfinite(value := float(reward))                          ->  True
 #   self.close() in the branch of `died`                           ->  removed
-#   if kind in ("error", "timeout") and not self._complained       ->  without `not self._complained`
+#   if kind in ("error", "timeout") and not self._complained       ->  without the flag

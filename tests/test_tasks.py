@@ -34,7 +34,9 @@ GENERATORS = [
     ("basic_arithmetic", {"operators": ["+", "-"]}),
     ("spell_backward", {}),
 ]
-each_generator = pytest.mark.parametrize(("name", "params"), GENERATORS, ids=[n for n, _ in GENERATORS])
+each_generator = pytest.mark.parametrize(
+    ("name", "params"), GENERATORS, ids=[n for n, _ in GENERATORS]
+)
 
 
 @each_generator
@@ -199,7 +201,9 @@ def test_answers_are_right_and_score_one(style):
 def test_reasoning_gym_itself_scores_the_entry():
     entry = ChainSumTask().problem("heldout", 4).columns["entry"]
     scorer = reasoning_gym.create_dataset("chain_sum", seed=0, size=1)
-    assert scorer.score_answer(answer_text(entry, "checked").rpartition("#")[2].strip(), entry) == 1.0
+    assert (
+        scorer.score_answer(answer_text(entry, "checked").rpartition("#")[2].strip(), entry) == 1.0
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -243,7 +247,7 @@ def test_documents_are_apart_from_prompts_and_follow_their_styles():
 def test_same_problems_in_another_process():
     code = (
         "from trimtab.rl import ChainSumTask, Styles; t = ChainSumTask(seed=3); "
-        "print(repr([t.problem('heldout', 5), t.problem('train', 123456), t.document(7, Styles())]))"
+        "print([t.problem('heldout', 5), t.problem('train', 123456), t.document(7, Styles())])"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     task = ChainSumTask(seed=3)
