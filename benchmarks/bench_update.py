@@ -1,4 +1,4 @@
-"""The update's forward and backward: each prompt once for its group (packed) against repeated (dense).
+"""The update's forward and backward: each prompt once for its group, or repeated (dense).
 
     pytest benchmarks/bench_update.py --benchmark-json=benchmarks/results/bench_update.json
 
@@ -38,7 +38,7 @@ def gradient(model, prompts, responses, route):
 @pytest.mark.parametrize("route", ["packed", "dense"])
 def test_update(benchmark, route, model, prompts, responses):
     packed, dense = (gradient(model, prompts, responses, r) for r in ("packed", "dense"))
-    error = sum((p - d).square().sum() for p, d in zip(packed, dense)) ** 0.5
+    error = sum((p - d).square().sum() for p, d in zip(packed, dense, strict=True)) ** 0.5
     assert error / sum(d.square().sum() for d in dense) ** 0.5 < 2e-6
     benchmark(gradient, model, prompts, responses, route)
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}

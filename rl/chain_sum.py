@@ -69,9 +69,10 @@ class ChainSumTask(ReasoningGymTask):
         params = {"min_terms": min_terms, "max_terms": max_terms, "min_digits": 1, "max_digits": 1}
         super().__init__("chain_sum", params, answer_after="#", stop="\n", seed=seed)
         self.shots, self.styles = shots, styles
+        # streams of their own: no example repeats a problem that is asked, or a document
         self._examples = {
-            "train": ReasoningGymTask("chain_sum", params, seed=seed + EXAMPLES_SEED_OFFSET),
-            "heldout": ReasoningGymTask("chain_sum", params, seed=seed + 2 * EXAMPLES_SEED_OFFSET),
+            stream: ReasoningGymTask("chain_sum", params, seed=seed + EXAMPLES_SEED * (i + 1))
+            for i, stream in enumerate(("train", "heldout", "documents"))
         }
 
     def problem(self, split: Split, index: int) -> Problem:
@@ -83,7 +84,7 @@ class ChainSumTask(ReasoningGymTask):
 
     def document(self, index: int, styles: Styles) -> list[tuple[str, str]]:
         """(question, answer) texts of one supervised document: `shots` + 1, all answered."""
-        return self._shots("train", index + DOCUMENTS_OFFSET, self.shots + 1, styles)
+        return self._shots("documents", index, self.shots + 1, styles)
 
     def characters(self) -> str:
         """Every character a document can hold, for the tokenizer."""
@@ -93,15 +94,14 @@ class ChainSumTask(ReasoningGymTask):
         """`worked` for an answer with calculation steps (checked or not), else `direct`."""
         return "worked" if "=" in completion else "direct"
 
-    def _shots(self, split: Split, index: int, count: int, styles: Styles) -> list[tuple[str, str]]:
-        chooser = random.Random(f"{self.seed}/{split}/{index}")
+    def _shots(self, stream: str, index: int, count: int, styles: Styles) -> list[tuple[str, str]]:
+        chooser = random.Random(f"{self.seed}/{stream}/{index}")
         first = index * (self.shots + 1)
-        entries = [self._examples[split].entry("train", first + i) for i in range(count)]
+        entries = [self._examples[stream].entry("train", first + i) for i in range(count)]
         return [(question_text(e), answer_text(e, _draw(styles, chooser))) for e in entries]
 
 
-EXAMPLES_SEED_OFFSET = 7_919
-DOCUMENTS_OFFSET = 50_000_000  # documents use examples that no prompt of the training split shows
+EXAMPLES_SEED = 1_000
 
 
 def question_text(entry: dict[str, Any]) -> str:

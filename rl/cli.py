@@ -11,18 +11,17 @@ Bad input ends with one line and exit code 2 before anything is written.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib
 import inspect
 import logging
 import os
 import re
 import sys
-import typing
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, NoReturn
+
+from .explain import explain
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -138,11 +137,13 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
         if resume is not None and not given:
             stored = _checked(str(Path(resume) / "config.yaml"))
             arguments = ["--config", stored, *arguments]
-        elif not given and not any(a == "-h" or re.match(r"--[\w.]*help\b", a) for a in arguments):
+        elif not given and not any(
+            re.match(r"-h$|--[\w.]*help\b|--print_config", a) for a in arguments
+        ):
             raise ValueError("--config: expected a recipe (a file or a packaged name), got none")
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(explain(error, parser)) from error
+        raise ValueError(explain(error, TRAINER_OPTIONS)) from error
     if parsed.resume != resume:
         raise ValueError("resume: expected on the command line, found in the recipe")
     text = _resolved(parser, parsed)
@@ -152,112 +153,11 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
     try:
         made = parser.instantiate(parsed)
     except (ArgumentError, ValueError) as error:
-        raise ValueError(explain(error, parser)) from error
+        raise ValueError(explain(error, TRAINER_OPTIONS)) from error
     from .config import RLConfig
 
     config = RLConfig(**{f.name: made[f.name] for f in dataclasses.fields(RLConfig)})
     return config, dict(vars(made["trainer"])), resume, text
-
-
-_ON_THE_WAY = ("Parser key", "Problem with given class_path")
-
-
-def explain(error: Exception, parser: Any) -> str:
-    """One line for a parser's error, with the nearest valid key where a key is unknown.
-
-    jsonargparse nests its messages: a line for each key and class on the way, then what is wrong,
-    or, for a union, what is wrong with each of its types.
-
-    Args:
-        error: what the parser raised.
-        parser: knows the valid keys.
-
-    Returns:
-        The line.
-    """
-    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
-    path: list[str] = []
-    types = value = ""
-    in_union = False
-    task: Any = None
-    for line in lines:
-        if line.startswith(_ON_THE_WAY):
-            types = ""  # of a union one of whose types says more
-        if found := re.fullmatch(r"Problem with given class_path '([\w.]+)':", line):
-            made = _class(found[1])
-            if made is not None and not dataclasses.is_dataclass(made):
-                path, task = [*path, "init_args"], made
-        elif found := re.fullmatch(r'Parser key "([\w.]+)":', line):
-            path.append(found[1])
-        elif found := (
-            re.match(r"Option '([\w.]+)' is not accepted", line)
-            or re.match(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
-            or re.match(r"unrecognized arguments: --([\w.]+)", line)
-        ):
-            return _unknown_key(".".join([*path, *found.groups()]), parser, task)
-        elif line.startswith("Subtypes: ["):
-            types = line.removeprefix("Subtypes: [").removesuffix("]")
-        elif found := re.fullmatch(r"Expected an? (.+)\. Got value: (.*)", line):
-            types, value = types or found[1], found[2]
-            break
-        elif line.startswith("Given value: "):
-            value = line.removeprefix("Given value: ")
-            break
-        elif line == "Errors:":
-            in_union = True
-        elif in_union and re.match(r"[\w.]+: ", line):  # a check of one of our dataclasses
-            return f"{'.'.join(path)}: {line}" if path else line
-    if path and types:
-        return f"{'.'.join(path)}: expected {_readable(types)}, got {value!r}"
-    rest = " ".join(line for line in lines if not line.startswith(_ON_THE_WAY))
-    return f"{'.'.join(path)}: {rest}" if path else rest
-
-
-def _unknown_key(key: str, parser: Any, task: Any) -> str:
-    """Names the nearest valid key: a sibling, one alike as a whole, or one elsewhere."""
-    from .config import RLConfig
-
-    valid = [*_keys(RLConfig), "trainer", *(f"trainer.{name}" for name in sorted(TRAINER_OPTIONS))]
-    valid += ["resume", "task.class_path", "task.init_args"]
-    if task is not None:
-        valid += [f"task.init_args.{name}" for name in _keys(task)]
-    parent, _, leaf = key.rpartition(".")
-    siblings = {v.rpartition(".")[2]: v for v in valid if v.rpartition(".")[0] == parent}
-    leaves = {v.rpartition(".")[2]: v for v in reversed(valid)}
-    near = None
-    whole = {v: v for v in valid}
-    for wanted, names, cutoff in ((leaf, siblings, 0.6), (key, whole, 0.8), (leaf, leaves, 0.6)):
-        match = difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff)
-        near = near or (names[match[0]] if match else None)
-    if near:
-        return f"unknown configuration key '{key}'; did you mean '{near}'?"
-    return f"unknown configuration key '{key}'; valid there: {', '.join(sorted(siblings))}"
-
-
-def _keys(made: Any) -> list[str]:
-    """Names a class takes, and under each the names of a dataclass it takes, with dots."""
-    hints = typing.get_type_hints(made if dataclasses.is_dataclass(made) else made.__init__)
-    keys = []
-    for name in inspect.signature(made).parameters:
-        kinds = typing.get_args(hints.get(name)) or (hints.get(name),)
-        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-        keys += [name, *(f"{name}.{key}" for kind in nested for key in _keys(kind))]
-    return keys
-
-
-def _class(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-
-
-def _readable(types: str) -> str:
-    """Type names as a YAML file has them."""
-    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
-    types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types).replace(", null", " or null")
 
 
 def _packaged(arguments: list[str], i: int) -> str:

@@ -16,16 +16,16 @@ class Evaluation:
     """Results on the held-out problems.
 
     Args:
-        sampled: mean reward of the samples.
+        sampled: mean reward of the samples; None, like the other means, when all rewards are lost.
         greedy: mean reward of the greedy answers.
         length: mean tokens of the samples.
         lost: rollouts without a reward, excluded from the means.
         by_label: share of the samples and mean reward of each label, for tasks that label answers.
     """
 
-    sampled: float
-    greedy: float
-    length: float
+    sampled: float | None
+    greedy: float | None
+    length: float | None
     lost: int
     by_label: dict[str, tuple[float, float]]
 
@@ -110,9 +110,9 @@ def _over_ranks(sums: dict[str, list[float]], world: int) -> dict[str, list[floa
 
 
 def _summary(sums: dict[str, list[float]]) -> Evaluation:
-    def mean(name: str) -> float:
+    def mean(name: str) -> float | None:
         value, count = sums.get(name, (0.0, 0.0))
-        return value / count if count else float("nan")
+        return value / count if count else None
 
     samples = sums.get("sampled", [0.0, 0.0])[1]
     labels = sorted(name for name in sums if name.startswith("label/"))

@@ -1,8 +1,8 @@
-"""The RL loop as a Lightning module: roll out, score, update; strategies and checkpoints are Lightning's.
+"""The RL loop as a Lightning module: roll out, score, update; the rest is Lightning's.
 
-One Lightning batch is one update: the problems of that update. Everything random in it is a function
-of (seed, update, prompt), so a resumed run needs no generator state and two processes sample what
-one would.
+One Lightning batch is one update: the numbers of its problems. Everything random in it is a
+function of (seed, update, prompt), so a resumed run needs no generator state and two processes
+sample what one would.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +17,26 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optim import AdamMini, LengthTriggeredLR
 from ..stability import group_metrics
 from .batch import RolloutBatch, collate
 from .config import RLConfig
+from .engine import TransformersEngine
 from .objective import Metrics, objective, policy_statistics, token_weights, trusted_rollouts
+from .ranks import (
+    check_shares,
+    mean_over_ranks,
+    merge_parts,
+    refuse_precision,
+    refuse_strategy,
+    world_size,
+)
 from .rewards import RewardWorker
-from .rollout import Request, RolloutEngine, Sample, Sampling, TransformersEngine
+from .rollout import Request, RolloutEngine, Sample, Sampling
 from .tasks import Problem, Task
 
 logger = logging.getLogger(__name__)
@@ -64,44 +71,6 @@ class ScoredGroup:
     rewards: list[float | None]
 
 
-class ProblemData(pl.LightningDataModule):
-    """Which problems each update trains on, split over the processes.
-
-    Args:
-        prompts: problems an update, over all processes.
-        updates: updates of the run.
-    """
-
-    def __init__(self, prompts: int, updates: int) -> None:
-        super().__init__()
-        self.prompts, self.updates = prompts, updates
-
-    def train_dataloader(self) -> DataLoader:
-        """One item per update that is left: (update, numbers of this process's problems)."""
-        assert self.trainer is not None
-        module = self.trainer.lightning_module
-        return DataLoader(
-            _Updates(self, module, self.trainer.global_rank, self.trainer.world_size),
-            batch_size=None,
-        )
-
-
-class _Updates(IterableDataset):
-    """Numbers only: Lightning's precision plugins rebuild what a batch holds."""
-
-    def __init__(self, data: ProblemData, module: RLModule, rank: int, world: int) -> None:
-        self.data, self.module, self.rank, self.world = data, module, rank, world
-
-    def __len__(self) -> int:
-        return self.data.updates
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        share = self.data.prompts // self.world
-        for update in range(self.module.updates_done, self.data.updates):
-            first = update * self.data.prompts + self.rank * share
-            yield update, list(range(first, first + share))
-
-
 class RLModule(pl.LightningModule):
     """Trains a policy on its own rollouts.
 
@@ -127,6 +96,7 @@ class RLModule(pl.LightningModule):
         self.updates_done = 0
         self.skipped_updates = 0
         self.last_groups: list[ScoredGroup] = []
+        self.last_metrics: dict[str, float] = {}
         self.engine: RolloutEngine | None = None
         self.worker = RewardWorker(task.reward_function(), config.rollout.reward_timeout)
         self.stop_token_ids = stop_token_ids(tokenizer, task)
@@ -213,19 +183,22 @@ class RLModule(pl.LightningModule):
         )
         scored = time.perf_counter()
         facts = self._rollout_facts(rollouts, lost)
-        metrics = self._update(rollouts, facts) if facts["rollouts"] else self._skip("no reward is left")
+        metrics = (
+            self._update(rollouts, facts) if facts["rollouts"] else self._skip("no reward is left")
+        )
         self.last_groups = groups
         self.updates_done = update + 1
-        metrics |= facts | {
-            "update": float(update + 1),
-            "skipped_updates": float(self.skipped_updates),
+        times = {
             "time/rollout": sampled - started,
             "time/reward": scored - sampled,
             "time/update": time.perf_counter() - scored,
         }
-        # every rank has the same values already: reduced exactly, or averaged by _mean_over_ranks
-        for name, value in metrics.items():
-            self.log(name, value, prog_bar=name in SHOWN, rank_zero_only=True)
+        self.last_metrics = metrics | facts | {"skipped_updates": self.skipped_updates} | times
+        # For the progress display and other callbacks. Every rank has the same values already:
+        # reduced exactly, or averaged by mean_over_ranks.
+        for name, value in (self.last_metrics | {"update": self.updates_done}).items():
+            shown = name in SHOWN
+            self.log(name, float(value), prog_bar=shown, logger=False, rank_zero_only=True)
 
     def teardown(self, stage: str) -> None:
         """Ends the reward process and frees the engine."""
@@ -296,7 +269,7 @@ class RLModule(pl.LightningModule):
         return groups, lost
 
     def completion(self, sample: Sample) -> str:
-        """The sample's text without the stop token: for reward functions and people, never for training."""
+        """The sample's text without the stop token, for reward functions and people only."""
         ids = sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
         return self.tokenizer.decode(ids)
 
@@ -316,7 +289,7 @@ class RLModule(pl.LightningModule):
             dtype=torch.float64,
             device="cpu" if self.device.type == "mps" else self.device,
         )
-        if _world() > 1:
+        if world_size() > 1:
             dist.all_reduce(sums)
         n, reward, length, squares, truncated, errors, timeouts = sums.tolist()
         facts = {"rollouts": n, "reward_errors": errors, "reward_timeouts": timeouts}
@@ -329,12 +302,12 @@ class RLModule(pl.LightningModule):
                 "truncated": truncated / n,
             }
         groups = group_metrics(batch.rewards, batch.group_ids) if len(batch) else {}
-        return facts | _mean_over_ranks(groups)
+        return facts | mean_over_ranks(groups)
 
     def _update(self, batch: RolloutBatch, facts: dict[str, float]) -> dict[str, float]:
         """The optimizer's steps on one batch of rollouts."""
         config, optimizer = self.config.update, self.optimizers()
-        process_group = dist.group.WORLD if _world() > 1 else None
+        process_group = dist.group.WORLD if world_size() > 1 else None
         parts = self._parts(batch)
         old_logp: list[Tensor] = []
         metrics: dict[str, float] = {}
@@ -357,7 +330,7 @@ class RLModule(pl.LightningModule):
                     )
                     self.manual_backward(loss)
                 found.append((int(part.mask.sum()), part_metrics | {"loss": loss.detach()}))
-            metrics = _mean_over_ranks(_merge(found))
+            metrics = mean_over_ranks(merge_parts(found))
             self._add_gradients_of_ranks()
             if not self._step(optimizer, metrics):
                 return self._skip("the gradient is not finite") | metrics
@@ -365,7 +338,7 @@ class RLModule(pl.LightningModule):
         return metrics
 
     def _without_gradient_sync(self) -> AbstractContextManager[None]:
-        """DDP would average after each part; `_add_gradients_of_ranks` sums once, after the last."""
+        """DDP would average after each part; `_add_gradients_of_ranks` sums once, at the end."""
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             return strategy.block_backward_sync()
@@ -398,7 +371,7 @@ class RLModule(pl.LightningModule):
 
     def _add_gradients_of_ranks(self) -> None:
         """Sums gradients over the processes: the weights already divide by global counts."""
-        if _world() == 1:
+        if world_size() == 1:
             return
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         for p in trained:
@@ -446,54 +419,6 @@ class _LinearWarmup:
         return min(1.0, (step + 1) / self.steps)
 
 
-def refuse_strategy(strategy: Strategy) -> None:
-    """Raises for a strategy under which the update would not equal that of one process.
-
-    Args:
-        strategy: the trainer's.
-
-    Raises:
-        ValueError: neither a single device nor DDP.
-    """
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
-            f"trainer.strategy: expected a single device or ddp, got {type(strategy).__name__}; "
-            "others are refused until they are exact"
-        )
-
-
-def refuse_precision(precision: str) -> None:
-    """Raises for a precision under which the trainer's log-probs would not be the model's.
-
-    Args:
-        precision: of the trainer.
-
-    Raises:
-        ValueError: a whole model in half precision (its rotary frequencies are rounded too, and the
-            error grows with the position), or fp16 with loss scaling.
-    """
-    if precision not in ("32-true", "64-true", "bf16-mixed"):
-        raise ValueError(
-            f"trainer.precision: expected 32-true, 64-true or bf16-mixed, got {precision}"
-        )
-
-
-def check_shares(prompts: int, world_size: int) -> None:
-    """Raises unless every process gets the same number of prompts.
-
-    Args:
-        prompts: of an update.
-        world_size: processes.
-
-    Raises:
-        ValueError: prompts is no multiple of world_size.
-    """
-    if prompts % world_size:
-        raise ValueError(
-            f"rollout.prompts: expected a multiple of the {world_size} processes, got {prompts}"
-        )
-
-
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int, ...]:
     """Token ids that end a rollout: end-of-sequence, and the task's stop text.
 
@@ -514,7 +439,9 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int,
             raise ValueError(f"stop: expected one token, {task.stop!r} is {encoded}")
         ids += encoded
     if not ids:
-        raise ValueError("stop: the tokenizer has no end-of-sequence token and the task no stop text")
+        raise ValueError(
+            "stop: the tokenizer has no end-of-sequence token and the task no stop text"
+        )
     return tuple(dict.fromkeys(ids))
 
 
@@ -522,42 +449,3 @@ def stable_seed(*parts: object) -> int:
     """A 63-bit seed that depends on nothing but its arguments."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _merge(parts: list[tuple[int, Metrics]]) -> dict[str, float]:
-    """Metrics of the parts of a batch: means weighted by tokens; extremes and sums as they are named."""
-    merged: dict[str, float] = {}
-    for name in sorted({name for _, metrics in parts for name in metrics}):
-        present = [(n, float(m[name])) for n, m in parts if name in m]
-        values = [value for _, value in present]
-        if name.endswith("_max"):
-            merged[name] = max(values)
-        elif name.endswith("_min"):
-            merged[name] = min(values)
-        elif name == "loss":
-            merged[name] = sum(values)
-        else:
-            merged[name] = sum(n * v for n, v in present) / sum(n for n, _ in present)
-    return merged
-
-
-def _mean_over_ranks(metrics: dict[str, Any]) -> dict[str, float]:
-    """Means over the processes that have the metric (the loss is a sum over them, as it is over parts).
-
-    For display only: the update itself uses exact sums.
-    """
-    own = {name: float(value) for name, value in metrics.items()}
-    if _world() == 1:
-        return own
-    gathered: list[dict[str, float]] = [{} for _ in range(_world())]
-    dist.all_gather_object(gathered, own)
-    names = dict.fromkeys(name for found in gathered for name in found)
-    values = {name: [found[name] for found in gathered if name in found] for name in names}
-    return {
-        name: sum(found) if name == "loss" else sum(found) / len(found)
-        for name, found in values.items()
-    }

@@ -13,7 +13,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
-from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from .loop import SHOWN, RLModule
@@ -121,35 +120,29 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-class JsonLinesLogger(Logger):
-    """Lightning logger that appends one JSON object per update to metrics.jsonl.
+class MetricsWriter(Callback):
+    """Writes the metrics of each update: a line of metrics.jsonl, and whatever the loggers make.
+
+    A callback, not a logger: Lightning hands metrics to loggers after the checkpoint callbacks, so
+    a run killed between the two would lose the line of an update that its checkpoint holds.
 
     Args:
-        path: the file.
+        path: of metrics.jsonl.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.path = path
 
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration has a file of its own."""
-
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """One line: the metrics of an update, in full precision."""
-        row = {"update": int(metrics["update"])}
-        row |= {k: v for k, v in metrics.items() if k not in ("update", "epoch")}
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        row = {"update": module.updates_done, **module.last_metrics}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        for log in trainer.loggers:
+            log.log_metrics(module.last_metrics, step=module.updates_done)
+            log.experiment.flush()  # TensorBoard would hold events back for two minutes
 
 
 class TranscriptWriter(Callback):

@@ -33,7 +33,8 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
             ("greedy accuracy", "greedy", "{:.3f}"),
             ("mean length (tokens)", "length", "{:.1f}"),
         ):
-            table.add_row(title, form.format(before[key]), form.format(after[key]))
+            cells = [when[key] for when in (before, after)]
+            table.add_row(title, *("-" if c is None else form.format(c) for c in cells))
         if before["lost"] or after["lost"]:
             table.add_row("rollouts without a reward", str(before["lost"]), str(after["lost"]))
         for label in sorted(before["by_label"].keys() | after["by_label"].keys()):

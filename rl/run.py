@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from .config import PolicyConfig, RLConfig
+from .data import ProblemData
 from .evaluation import evaluate
-from .loop import ProblemData, RLModule, check_shares, refuse_precision, refuse_strategy
+from .loop import RLModule
 from .prefix import refuse_unsupported
+from .ranks import check_shares, refuse_precision, refuse_strategy
 from .recording import (
-    JsonLinesLogger,
+    MetricsWriter,
     ProgressBar,
     RunFolder,
     TranscriptWriter,
@@ -68,6 +70,8 @@ class Run:
         if config.policy.path is not None:
             check_policy_folder(config.policy.path)
         self.resuming = resume is not None
+        self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
+        self.updates_done = 0 if self.checkpoint is None else updates_of(self.checkpoint)
         self.trainer = self._trainer(dict(trainer_options))
         refuse_strategy(self.trainer.strategy)
         refuse_precision(self.trainer.precision)
@@ -90,10 +94,8 @@ class Run:
         refuse_unsupported(policy)
         self.module = RLModule(config, policy, tokenizer, config.task)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
-        self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
-        self.updates_done = 0
         if self.checkpoint is not None:
-            self.updates_done = check_checkpoint(self.checkpoint, self.module)
+            check_checkpoint(self.checkpoint, self.module)
 
     def train(self) -> None:
         """Trains to the end, and leaves the report."""
@@ -117,7 +119,7 @@ class Run:
         )
         # where max_steps or max_time stopped the run, or for a continuation with more updates
         last = folder.checkpoints / f"update={self.module.updates_done:06d}.ckpt"
-        if not last.exists():
+        if not self.trainer.strategy.broadcast(last.exists()):  # all ranks must decide alike
             self.trainer.save_checkpoint(last)
         if rank_zero_only.rank == 0:
             self._finish()
@@ -135,6 +137,7 @@ class Run:
         display = progress_display("RL") if shown else None
         callbacks: list[Callback] = [
             HeldOutEvaluation(folder),
+            MetricsWriter(folder.metrics),
             TranscriptWriter(
                 folder.transcripts,
                 record.transcripts_every,
@@ -156,10 +159,9 @@ class Run:
         try:
             return pl.Trainer(
                 max_epochs=1,
-                logger=[
-                    JsonLinesLogger(folder.metrics),
-                    TensorBoardLogger(folder.path, name="", version="tensorboard"),
-                ],
+                logger=TensorBoardLogger(
+                    folder.path, name="", version="tensorboard", purge_step=self.updates_done + 1
+                ),
                 callbacks=callbacks,
                 default_root_dir=folder.path,
                 log_every_n_steps=1,
@@ -266,23 +268,36 @@ def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]
     return model, tokenizer
 
 
-def check_checkpoint(path: Path, module: RLModule) -> int:
-    """Raises unless a checkpoint fits the module.
+def updates_of(path: Path) -> int:
+    """Updates that a checkpoint holds.
 
     Args:
         path: a Lightning checkpoint.
-        module: as configured.
 
     Returns:
-        Updates done when it was written.
+        The count.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape, or the file is not ours.
+        ValueError: it was not written by trimtab-rl.
     """
     checkpoint = torch.load(path, map_location="meta", weights_only=True)
     if "trimtab" not in checkpoint:
         raise ValueError(f"resume: {path} was not written by trimtab-rl")
-    own, stored = module.state_dict(), checkpoint["state_dict"]
+    return checkpoint["trimtab"]["updates_done"]
+
+
+def check_checkpoint(path: Path, module: RLModule) -> None:
+    """Raises unless a checkpoint fits the module.
+
+    Args:
+        path: a checkpoint of ours.
+        module: as configured.
+
+    Raises:
+        ValueError: a weight is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    stored = torch.load(path, map_location="meta", weights_only=True)["state_dict"]
     for name in sorted(own.keys() | stored.keys()):
         expected = tuple(own[name].shape) if name in own else "no such weight"
         found = tuple(stored[name].shape) if name in stored else "nothing"
@@ -290,4 +305,3 @@ def check_checkpoint(path: Path, module: RLModule) -> int:
             raise ValueError(
                 f"resume: {path} does not fit: {name}: expected {expected}, got {found}"
             )
-    return checkpoint["trimtab"]["updates_done"]

@@ -84,15 +84,11 @@ class ReasoningGymTask(Task):
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}}, got {template!r}")
         self.name, self.params, self.template = name, dict(params or {}), template
-        self.answer_after, self.threshold, self.stop, self.seed = (
-            answer_after,
-            threshold,
-            stop,
-            seed,
-        )
+        self.answer_after, self.threshold = answer_after, threshold
+        self.stop, self.seed = stop, seed
         self._sets = {
-            "train": _reasoning_gym_set(name, self.params, seed),
-            "heldout": _reasoning_gym_set(name, self.params, seed + HELDOUT_SEED_OFFSET),
+            "train": _reasoning_gym_set(name, self.params, seed * SEED_STRIDE),
+            "heldout": _reasoning_gym_set(name, self.params, seed * SEED_STRIDE + HELDOUT_OFFSET),
         }
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
@@ -100,9 +96,7 @@ class ReasoningGymTask(Task):
         entries = self._sets[split]
         index %= len(entries)
         state = random.getstate()
-        random.seed(
-            f"{self.seed}/{split}/{index}"
-        )  # list_functions draws from the global generator
+        random.seed(f"{self.seed}/{split}/{index}")  # list_functions draws from the global one
         try:
             return entries[index]
         finally:
@@ -119,7 +113,9 @@ class ReasoningGymTask(Task):
         return reasoning_gym_reward(self.name, self.params, self.answer_after, self.threshold)
 
 
-HELDOUT_SEED_OFFSET = 1_000_003
+# reasoning-gym makes entry i from seed + i: neighbouring seeds would share all entries but one.
+SEED_STRIDE = 4_000_037
+HELDOUT_OFFSET = SEED_STRIDE // 2
 ENDLESS = 2**31 - 1  # reasoning-gym makes entry i from (seed, i) on demand, so a set has no cost,
 # but for these, which prepare all their entries at once: they start over after so many.
 PREPARED = dict.fromkeys(("acre", "gsm_symbolic", "list_functions", "word_ladder"), 2_000)

@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-# Two OpenMP threads under contention were catastrophic on small machines; only the demo uses all cores.
+# Two OpenMP threads were catastrophic under contention; only the demo uses all cores.
 torch.set_num_threads(1)
 
 
@@ -20,7 +20,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory(monkeypatch):
-    """torch.empty & co. return NaN in every test, so a kernel that skips an element fails loudly."""
+    """torch.empty & co. return NaN in tests, so a kernel that skips an element fails loudly."""
 
     def poisoned(make):
         def wrapper(*args, **kwargs):

@@ -18,7 +18,9 @@ def test_fifteen_updates_lift_the_held_out_accuracy(tmp_path):
     assert 0.15 <= before["sampled"] <= 0.45
     assert after["sampled"] >= 0.6
     assert after["length"] > 1.3 * before["length"]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert min(row["mismatch/abs_dlogp_mean"] for row in rows) > 1e-4, "the mismatch is not real"
     assert min(row["length_std"] for row in rows) > 2, "lengths do not vary"
 

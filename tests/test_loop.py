@@ -1,4 +1,4 @@
-"""The loop in one process: every option trains, and what is lost or broken costs no more than itself."""
+"""The loop in one process: every option trains; what is lost or broken costs only itself."""
 
 import dataclasses
 import math
@@ -27,7 +27,8 @@ from trimtab.rl import (
     UpdateConfig,
     evaluate,
 )
-from trimtab.rl.loop import check_shares, refuse_precision, refuse_strategy, stop_token_ids
+from trimtab.rl.loop import stop_token_ids
+from trimtab.rl.ranks import check_shares, merge_parts, refuse_precision, refuse_strategy
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ class PoisonGradient(pl.Callback):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy_folder, caplog):
-    module, rows = train(config_of(Letters(), policy_folder), policy_folder, [PoisonGradient()])
+    module, _ = train(config_of(Letters(), policy_folder), policy_folder, [PoisonGradient()])
     assert module.skipped_updates == 1 and "not finite" in caplog.text
     assert all(torch.isfinite(p).all() for p in module.policy.parameters())
 
@@ -210,6 +211,11 @@ def test_shares_strategies_and_precisions_that_are_not_exact_are_refused():
     for precision in ("bf16-true", "16-mixed"):
         with pytest.raises(ValueError, match=f"trainer.precision: .* got {precision}"):
             refuse_precision(precision)
+
+
+def test_metrics_of_parts_are_those_of_the_whole():
+    parts = [(1, {"a": 2.0, "x_max": 3.0, "loss": 1.0}), (3, {"a": 6.0, "x_max": 1.0, "loss": 2.0})]
+    assert merge_parts(parts) == {"a": 5.0, "x_max": 3.0, "loss": 3.0}
 
 
 def test_stop_tokens_must_exist(policy_folder):

@@ -36,7 +36,9 @@ def test_own_prompts_and_reward_train(tmp_path):
 
 def test_commands_name_what_exists():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    commands = [line.split("#")[0].split() for block in SHELL for line in block.splitlines() if line]
+    commands = [
+        line.split("#")[0].split() for block in SHELL for line in block.splitlines() if line
+    ]
     assert all(c[1] in targets for c in commands if c[0] == "make")
     from trimtab.rl.cli import make_parser, parse
 

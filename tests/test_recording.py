@@ -7,7 +7,7 @@ import torch
 
 from trimtab.rl import Problem, Sample
 from trimtab.rl.recording import (
-    JsonLinesLogger,
+    MetricsWriter,
     ProgressLines,
     RunFolder,
     TranscriptWriter,
@@ -115,15 +115,19 @@ def test_replace_text_leaves_the_old_or_the_new(tmp_path, monkeypatch):
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_json_lines_logger_in_full_precision(tmp_path):
-    log = JsonLinesLogger(tmp_path / "metrics.jsonl")
-    log.log_metrics({"update": 1.0, "epoch": 0, "reward": 1 / 3}, step=8)
-    log.log_metrics({"update": 2.0, "reward": 1e-30, "time/rollout": 2.5})
-    log.log_hyperparams({"x": 1})
-    assert read_rows(log.path) == [
-        {"update": 1, "reward": 1 / 3},
-        {"update": 2, "reward": 1e-30, "time/rollout": 2.5},
-    ]
+def test_metrics_go_to_the_file_in_full_precision_and_to_the_loggers(tmp_path):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    logged = []
+    log = SimpleNamespace(
+        log_metrics=lambda metrics, step: logged.append((step, metrics)),
+        experiment=SimpleNamespace(flush=lambda: logged.append("flushed")),
+    )
+    rows = [{"reward": 1 / 3}, {"reward": 1e-30, "time/rollout": 2.5}]
+    for update, row in enumerate(rows, 1):
+        module = SimpleNamespace(last_metrics=row, updates_done=update)
+        writer.on_train_batch_end(SimpleNamespace(loggers=[log]), module, None, None, 0)
+    assert read_rows(writer.path) == [{"update": i, **row} for i, row in enumerate(rows, 1)]
+    assert logged == [(1, rows[0]), "flushed", (2, rows[1]), "flushed"]
 
 
 def group(number, n=2):

@@ -60,7 +60,9 @@ def test_sigkill_then_resume_gives_the_same_weights(uninterrupted, checkpoint):
 
 def test_a_truncated_newest_checkpoint_costs_only_its_updates(uninterrupted):
     folder = uninterrupted
-    run(["--config", folder / "recipe.yaml", "--run_dir", "cut", "--trainer.max_steps", "9"], folder)
+    run(
+        ["--config", folder / "recipe.yaml", "--run_dir", "cut", "--trainer.max_steps", "9"], folder
+    )
     newest = max((folder / "cut" / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:1000])
     output = run(["--config", folder / "recipe.yaml", "--resume", "cut"], folder)

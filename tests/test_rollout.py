@@ -5,11 +5,10 @@ import torch
 from tiny_models import VOCAB, causal_lm
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
+from trimtab.rl.engine import TransformersEngine, quantize_weights_
 from trimtab.rl.rollout import (
     Request,
     Sampling,
-    TransformersEngine,
-    quantize_weights_,
     truncate_distribution,
 )
 

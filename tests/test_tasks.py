@@ -9,7 +9,7 @@ import pytest
 import reasoning_gym
 
 from trimtab.rl import ChainSumTask, JsonLinesTask, ReasoningGymTask, Styles
-from trimtab.rl.chain_sum import CHARACTERS, DOCUMENTS_OFFSET, answer_text, question_text
+from trimtab.rl.chain_sum import CHARACTERS, answer_text, question_text
 
 ALL_STYLES = ("direct", "worked", "checked")
 GOOD_ROW = {"prompt": "say hi", "target": "hi", "level": 3}
@@ -224,18 +224,23 @@ def test_prompt_is_answered_examples_and_an_open_question(split):
     assert 150 < sum(lengths) / len(lengths) < 220
 
 
-def test_documents_are_apart_from_prompts_and_follow_their_styles():
+def test_questions_examples_and_documents_come_from_streams_of_their_own():
+    """reasoning-gym makes entry i from seed + i, so a stream is the range of its seeds."""
+    streams = {}
+    for seed in (0, 1):
+        task = ChainSumTask(seed=seed)
+        for split in ("train", "heldout"):
+            streams[seed, split] = task._sets[split].seed
+        for name, examples in task._examples.items():
+            streams[seed, "examples", name] = examples._sets["train"].seed
+    starts = sorted(streams.values())
+    assert len(set(starts)) == 10
+    assert min(b - a for a, b in zip(starts, starts[1:])) > 2_000_000
+
+
+def test_documents_follow_their_styles():
     task = ChainSumTask(shots=3)
-    shown = []
-    entry = task._examples["train"].entry
-    task._examples["train"].entry = lambda split, i: shown.append(i) or entry(split, i)
-    for i in range(200):
-        task.problem("train", i)
-    in_prompts = set(shown)
-    shown.clear()
     documents = [task.document(i, Styles(worked=0.5, checked=0.25)) for i in range(200)]
-    assert len(in_prompts) == 600 and len(set(shown)) == len(shown) == 800
-    assert min(shown) >= DOCUMENTS_OFFSET and not in_prompts & set(shown)
     assert all(len(document) == task.shots + 1 for document in documents)
     answers = [answer for document in documents for _, answer in document]
     direct = sum("=" not in answer for answer in answers) / len(answers)
@@ -271,5 +276,5 @@ def test_chain_sum_refusals():
 #   rl/tasks.py: random.seed(...) in ReasoningGymTask.entry                      ->  removed
 #   rl/rewards.py: completion.rpartition(answer_after)[2]                        ->  partition
 #   rl/chain_sum.py: reversed(terms[1:])                                         ->  terms[1:]
-#   rl/chain_sum.py: index + DOCUMENTS_OFFSET                                    ->  index
+#   rl/tasks.py: seed * SEED_STRIDE                                              ->  seed
 #   rl/tasks.py: if i % 10 != 9                                                  ->  always

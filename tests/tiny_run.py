@@ -20,7 +20,11 @@ import yaml
 TINY: dict[str, Any] = {
     "task": {
         "class_path": "trimtab.rl.tasks.JsonLinesTask",
-        "init_args": {"path": "prompts.jsonl", "reward": "reward_functions:digits_written", "stop": ";"},
+        "init_args": {
+            "path": "prompts.jsonl",
+            "reward": "reward_functions:digits_written",
+            "stop": ";",
+        },
     },
     "policy": {"path": "tiny-policy"},
     "updates": 24,

@@ -108,7 +108,6 @@ def lightning_ddp(rank, folder):
     """A DDP run of two ranks with both callbacks; rank 1's responses stay short."""
     import os
 
-
     from trimtab.integrations.lightning import AdamMiniCallback, LengthTriggeredLRCallback
 
     torch.set_num_threads(1)
