@@ -2,8 +2,8 @@
 
     python benchmarks/demo_seeds.py --seeds 0 1 2
 
-Runs `trimtab-rl --config chain_sum_cpu` once per seed (the seed of the warm-up and of the RL run),
-then writes benchmarks/results/demo_seeds.json and the first seed's report.png beside it.
+Runs `trimtab-rl --config chain_sum_cpu` once per seed (of the problems, the warm-up and the RL
+run), then writes benchmarks/results/demo_seeds.json and the first seed's report.png beside it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def run(seed: int) -> dict:
         command = [
             *(sys.executable, "-m", "trimtab.rl", "--config", "chain_sum_cpu"),
             *("--seed", str(seed), "--policy.warmup.seed", str(seed)),
+            *("--task.init_args.seed", str(seed)),
             *("--policy.warmup.cache_dir", f"{folder}/cache", "--run_dir", f"{folder}/run"),
         ]
         started = time.time()

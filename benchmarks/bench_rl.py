@@ -1,10 +1,12 @@
-"""Rollouts of one shared few-shot prompt a group: this engine against transformers' `generate`.
+"""The two halves of an RL update with one shared few-shot prompt a group, each against a peer.
 
-    pytest benchmarks/bench_rollout.py --benchmark-json=benchmarks/results/bench_rollout.json
+    pytest benchmarks/bench_rl.py --benchmark-json=benchmarks/results/bench_rl.json
 
-8 prompts of about 180 tokens x 16 rollouts x 32 tokens on the demo's model size, fp32, random
-weights, no stop token, so that every provider decodes the same 4,096 tokens. `extra_info` carries
-tokens a second; compare the providers of one run.
+8 prompts of 180 tokens x 16 rollouts on the demo's model size, fp32, random weights.
+Rollout: this engine against transformers' `generate`, 32 tokens each and no stop token, so that
+both decode the same 4,096 tokens. Update: each prompt once for its group (packed) against repeated
+(dense), responses of 4 to 40 tokens. Providers are checked against each other first; compare them
+within one run.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab.rl import Request, Sampling, TransformersEngine
+from trimtab.rl import Request, Sampling, TransformersEngine, response_logits
 
 PROMPTS, GROUP, NEW = 8, 16, 32
 
@@ -88,3 +90,29 @@ def check_greedy(model, prompts):
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False
     )
     assert ours == theirs[:, prompts.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def responses():
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, 41, (PROMPTS * GROUP,), generator=generator)
+    tokens = torch.randint(3, 64, (PROMPTS * GROUP, 40), generator=generator)
+    return tokens, torch.arange(40) < lengths[:, None]
+
+
+def gradient(model, prompts, responses, route):
+    tokens, mask = responses
+    index = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    logits = response_logits(model, prompts.tolist(), tokens, mask, index, route=route)
+    loss = torch.nn.functional.cross_entropy(logits, tokens[mask], reduction="sum")
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.benchmark(group="update", min_rounds=5, warmup=True, warmup_iterations=1)
+@pytest.mark.parametrize("route", ["packed", "dense"])
+def test_update(benchmark, route, model, prompts, responses):
+    packed, dense = (gradient(model, prompts, responses, r) for r in ("packed", "dense"))
+    error = sum((p - d).square().sum() for p, d in zip(packed, dense, strict=True)) ** 0.5
+    assert error / sum(d.square().sum() for d in dense) ** 0.5 < 2e-6
+    benchmark(gradient, model, prompts, responses, route)
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
