@@ -9,6 +9,7 @@ from importlib import import_module
 _HOMES = {
     "batch": ("RolloutBatch", "collate"),
     "chain_sum": ("ChainSumTask", "Styles"),
+    "collect": ("Collected", "Collector", "ScoredGroup"),
     "config": (
         "EvaluationConfig",
         "LengthRateConfig",

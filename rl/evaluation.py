@@ -7,8 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .loop import RLModule, stable_seed
-from .rollout import Request, RolloutEngine
+from .collect import stable_seed
+from .loop import RLModule
+from .rollout import RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def evaluate(module: RLModule, engine: RolloutEngine, version: int) -> Evaluatio
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     engine.update_weights(module.policy.named_parameters(), version)
     numbers = range(rank, config.problems, world)
-    problems = [module.task.problem("heldout", n) for n in numbers]
+    label = getattr(module.collector.task, "label", None)
     sums: dict[str, list[float]] = {}  # name -> [sum, count]
 
     def add(name: str, value: float) -> None:
@@ -57,41 +58,28 @@ def evaluate(module: RLModule, engine: RolloutEngine, version: int) -> Evaluatio
         entry[0] += value
         entry[1] += 1
 
-    for kind, n, temperature in (
-        ("sampled", config.samples, module.config.rollout.temperature),
-        ("greedy", 1, 0.0),
+    for kind, changes in (
+        ("sampled", {"n": config.samples}),
+        ("greedy", {"n": 1, "temperature": 0.0}),
     ):
-        requests = [
-            Request(
-                module.tokenizer.encode(problem.prompt),
-                module.sampling(
-                    n=n,
-                    temperature=temperature,
-                    seed=stable_seed(module.config.seed, "heldout", number),
-                ),
-            )
-            for number, problem in zip(numbers, problems, strict=True)
-        ]
-        groups = engine.generate(requests)
-        repeated = [problem for problem in problems for _ in range(n)]
-        samples = [sample for group in groups for sample in group]
-        texts = [module.completion(sample) for sample in samples]
-        scored = module.worker.score(
-            [problem.prompt for problem in repeated],
-            texts,
-            [sample.token_ids for sample in samples],
-            [problem.columns for problem in repeated],
+        collected = module.collector.collect(
+            engine,
+            "heldout",
+            numbers,
+            lambda number: stable_seed(module.config.seed, "heldout", number),
+            **changes,
         )
-        label = getattr(module.task, "label", None)
-        for sample, text, reward in zip(samples, texts, scored.rewards, strict=True):
-            if reward is None:
-                add("lost", 1.0)
-                continue
-            add(kind, reward)
-            if kind == "sampled":
-                add("length", len(sample.token_ids))
-                if label is not None:
-                    add(f"label/{label(text)}", reward)
+        for group in collected.groups:
+            rows = zip(group.samples, group.completions, group.rewards, strict=True)
+            for sample, text, reward in rows:
+                if reward is None:
+                    add("lost", 1.0)
+                    continue
+                add(kind, reward)
+                if kind == "sampled":
+                    add("length", len(sample.token_ids))
+                    if label is not None:
+                        add(f"label/{label(text)}", reward)
     return _summary(_over_ranks(sums, world))
 
 

@@ -7,11 +7,9 @@ sample what one would.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..optim import AdamMini, LengthTriggeredLR
 from ..stability import group_metrics
 from .batch import RolloutBatch, collate
+from .collect import Collected, Collector, ScoredGroup, stable_seed
 from .config import RLConfig
 from .engine import TransformersEngine
 from .objective import Metrics, objective, policy_statistics, token_weights, trusted_rollouts
@@ -35,9 +34,8 @@ from .ranks import (
     refuse_strategy,
     world_size,
 )
-from .rewards import RewardWorker
-from .rollout import Request, RolloutEngine, Sample, Sampling
-from .tasks import Problem, Task
+from .rollout import RolloutEngine
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -48,27 +46,6 @@ SHOWN = {
     "lr": "lr",
 }
 """What the progress display shows: the metric's name and its short one."""
-
-
-@dataclass(frozen=True)
-class ScoredGroup:
-    """One prompt, its rollouts and their rewards.
-
-    Args:
-        number: of the prompt, over all processes and updates.
-        problem: what was asked.
-        prompt_ids: its token ids.
-        samples: the rollouts.
-        completions: their texts, for the reward function and for people.
-        rewards: one per rollout; None where it was lost.
-    """
-
-    number: int
-    problem: Problem
-    prompt_ids: list[int]
-    samples: list[Sample]
-    completions: list[str]
-    rewards: list[float | None]
 
 
 class RLModule(pl.LightningModule):
@@ -91,15 +68,14 @@ class RLModule(pl.LightningModule):
         super().__init__()
         # The update accumulates over parts of the batch and may take several steps.
         self.automatic_optimization = False
-        self.config, self.policy, self.tokenizer, self.task = config, policy, tokenizer, task
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.policy.eval()  # dropout would make the trainer's log-probs differ from the engine's
         self.updates_done = 0
         self.skipped_updates = 0
         self.last_groups: list[ScoredGroup] = []
         self.last_metrics: dict[str, float] = {}
         self.engine: RolloutEngine | None = None
-        self.worker = RewardWorker(task.reward_function(), config.rollout.reward_timeout)
-        self.stop_token_ids = stop_token_ids(tokenizer, task)
+        self.collector = Collector(config, task, tokenizer)
 
     # ---------------------------------------------------------------- Lightning's hooks
 
@@ -167,31 +143,33 @@ class RLModule(pl.LightningModule):
     def training_step(self, batch: tuple[int, list[int]], batch_index: int) -> None:
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
         update, numbers = batch
-        problems = [(number, self.task.problem("train", number)) for number in numbers]
-        started = time.perf_counter()
         assert self.engine is not None
         self.engine.update_weights(self.policy.named_parameters(), version=update)
-        samples = self._roll_out(update, problems)
-        sampled = time.perf_counter()
-        groups, lost = self._score(problems, samples)
+        collected = self.collector.collect(
+            self.engine,
+            "train",
+            numbers,
+            lambda number: stable_seed(self.config.seed, "rollout", update, number),
+        )
+        groups = collected.groups
         rollouts = collate(
             [group.prompt_ids for group in groups],
             [group.number for group in groups],
-            samples,
+            [group.samples for group in groups],
             [group.rewards for group in groups],
             self.device,
         )
-        scored = time.perf_counter()
-        facts = self._rollout_facts(rollouts, lost)
+        started = time.perf_counter()
+        facts = self._rollout_facts(rollouts, collected)
         metrics = (
             self._update(rollouts, facts) if facts["rollouts"] else self._skip("no reward is left")
         )
         self.last_groups = groups
         self.updates_done = update + 1
         times = {
-            "time/rollout": sampled - started,
-            "time/reward": scored - sampled,
-            "time/update": time.perf_counter() - scored,
+            "time/rollout": collected.rollout_seconds,
+            "time/reward": collected.reward_seconds,
+            "time/update": time.perf_counter() - started,
         }
         self.last_metrics = metrics | facts | {"skipped_updates": self.skipped_updates} | times
         # For the progress display and other callbacks. Every rank has the same values already:
@@ -202,7 +180,7 @@ class RLModule(pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Ends the reward process and frees the engine."""
-        self.worker.close()
+        self.collector.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -217,63 +195,7 @@ class RLModule(pl.LightningModule):
             max_rows=rollout.max_rows,
         )
 
-    def sampling(self, **changes: Any) -> Sampling:
-        """The run's sampling, with changes."""
-        rollout, pruning = self.config.rollout, self.config.update.pruning
-        options = dict(
-            n=rollout.group_size,
-            max_tokens=rollout.max_tokens,
-            temperature=rollout.temperature,
-            min_p=0.0 if pruning is None else pruning.rho,
-            stop_token_ids=self.stop_token_ids,
-        )
-        return Sampling(**(options | changes))
-
-    def _roll_out(self, update: int, problems: list[tuple[int, Problem]]) -> list[list[Sample]]:
-        assert self.engine is not None
-        return self.engine.generate(
-            [
-                Request(
-                    self.tokenizer.encode(problem.prompt),
-                    self.sampling(seed=stable_seed(self.config.seed, "rollout", update, number)),
-                )
-                for number, problem in problems
-            ]
-        )
-
-    def _score(
-        self, problems: list[tuple[int, Problem]], samples: list[list[Sample]]
-    ) -> tuple[list[ScoredGroup], dict[str, float]]:
-        completions = [[self.completion(sample) for sample in group] for group in samples]
-        sizes = [len(group) for group in samples]
-        repeated = [p for (_, p), size in zip(problems, sizes, strict=True) for _ in range(size)]
-        scored = self.worker.score(
-            [problem.prompt for problem in repeated],
-            [text for group in completions for text in group],
-            [sample.token_ids for group in samples for sample in group],
-            [problem.columns for problem in repeated],
-        )
-        rewards = iter(scored.rewards)
-        groups = [
-            ScoredGroup(
-                number,
-                problem,
-                self.tokenizer.encode(problem.prompt),
-                group,
-                texts,
-                [next(rewards) for _ in group],
-            )
-            for (number, problem), group, texts in zip(problems, samples, completions, strict=True)
-        ]
-        lost = {"errors": float(scored.errors), "timeouts": float(scored.timeouts)}
-        return groups, lost
-
-    def completion(self, sample: Sample) -> str:
-        """The sample's text without the stop token, for reward functions and people only."""
-        ids = sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
-        return self.tokenizer.decode(ids)
-
-    def _rollout_facts(self, batch: RolloutBatch, lost: dict[str, float]) -> dict[str, float]:
+    def _rollout_facts(self, batch: RolloutBatch, collected: Collected) -> dict[str, float]:
         """Means over the rollouts of all processes, exactly."""
         lengths = batch.mask.sum(-1)
         sums = torch.tensor(
@@ -283,8 +205,8 @@ class RLModule(pl.LightningModule):
                 lengths.sum().item(),
                 lengths.square().sum().item(),
                 batch.truncated.sum().item(),
-                lost["errors"],
-                lost["timeouts"],
+                collected.errors,
+                collected.timeouts,
             ],
             dtype=torch.float64,
             device="cpu" if self.device.type == "mps" else self.device,
@@ -417,35 +339,3 @@ class _LinearWarmup:
 
     def __call__(self, step: int) -> float:
         return min(1.0, (step + 1) / self.steps)
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int, ...]:
-    """Token ids that end a rollout: end-of-sequence, and the task's stop text.
-
-    Args:
-        tokenizer: of the policy.
-        task: its `stop` may be empty.
-
-    Returns:
-        The ids, each once.
-
-    Raises:
-        ValueError: the stop text is not a single token, or nothing could end a rollout.
-    """
-    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    if task.stop:
-        encoded = tokenizer.encode(task.stop, add_special_tokens=False)
-        if len(encoded) != 1:
-            raise ValueError(f"stop: expected one token, {task.stop!r} is {encoded}")
-        ids += encoded
-    if not ids:
-        raise ValueError(
-            "stop: the tokenizer has no end-of-sequence token and the task no stop text"
-        )
-    return tuple(dict.fromkeys(ids))
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but its arguments."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -27,7 +27,7 @@ from trimtab.rl import (
     UpdateConfig,
     evaluate,
 )
-from trimtab.rl.loop import stop_token_ids
+from trimtab.rl.collect import stop_token_ids
 from trimtab.rl.ranks import check_shares, merge_parts, refuse_precision, refuse_strategy
 
 
@@ -234,6 +234,6 @@ def test_stop_tokens_must_exist(policy_folder):
 # Edits that must turn this file red:
 # * _update: call optimizer.step() even when _step found the gradient not finite
 # * _schedule: do not step the schedule
-# * _score: give every lost reward 0 instead of None
-# * _roll_out: leave the engine's weights as they were at the start
+# * collate: give every lost reward 0 instead of leaving it out
+# * training_step: leave the engine's weights as they were at the start
 # * config: hand `blocks` or `epochs` nowhere

@@ -1,0 +1,174 @@
+"""From problem numbers to scored rollouts: what training and evaluation have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from .config import RLConfig
+from .rewards import RewardWorker
+from .rollout import Request, RolloutEngine, Sample, Sampling
+from .tasks import Problem, Split, Task
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """One prompt, its rollouts and their rewards.
+
+    Args:
+        number: of the problem in its split.
+        problem: what was asked.
+        prompt_ids: token ids of the prompt.
+        samples: the rollouts.
+        completions: their texts without the stop token, for reward functions and people only.
+        rewards: one per rollout; None where it was lost.
+    """
+
+    number: int
+    problem: Problem
+    prompt_ids: list[int]
+    samples: list[Sample]
+    completions: list[str]
+    rewards: list[float | None]
+
+
+class Collected(NamedTuple):
+    """Scored rollouts of some problems.
+
+    Args:
+        groups: one per problem, in order.
+        errors: rewards lost to an error.
+        timeouts: rewards lost to the time limit.
+        rollout_seconds: wall time of the engine.
+        reward_seconds: wall time of the rewards.
+    """
+
+    groups: list[ScoredGroup]
+    errors: int
+    timeouts: int
+    rollout_seconds: float
+    reward_seconds: float
+
+
+class Collector:
+    """Rolls out problems and scores what comes back.
+
+    Args:
+        config: the run's sampling.
+        task: gives problems, reward function and stop text.
+        tokenizer: turns each prompt into ids once.
+
+    Raises:
+        ValueError: nothing could end a rollout, or the reward function cannot be sent to a process.
+    """
+
+    def __init__(self, config: RLConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config, self.task, self.tokenizer = config, task, tokenizer
+        self.stop_token_ids = stop_token_ids(tokenizer, task)
+        self.worker = RewardWorker(task.reward_function(), config.rollout.reward_timeout)
+
+    def collect(
+        self,
+        engine: RolloutEngine,
+        split: Split,
+        numbers: Sequence[int],
+        seed_of: Callable[[int], int],
+        **changes: Any,
+    ) -> Collected:
+        """Rollouts of some problems, scored.
+
+        Args:
+            engine: already has the weights to sample from.
+            split: of the task.
+            numbers: of the problems.
+            seed_of: number of a problem -> seed of its request.
+            changes: fields of the run's Sampling to change.
+
+        Returns:
+            Collected, one group per number, in order.
+        """
+        problems = [self.task.problem(split, number) for number in numbers]
+        prompts = [self.tokenizer.encode(problem.prompt) for problem in problems]
+        started = time.perf_counter()
+        samples = engine.generate(
+            [
+                Request(prompt, self.sampling(seed=seed_of(number), **changes))
+                for number, prompt in zip(numbers, prompts, strict=True)
+            ]
+        )
+        sampled = time.perf_counter()
+        texts = [[self.completion(sample) for sample in group] for group in samples]
+        rows = [(p, i) for p, group in enumerate(samples) for i in range(len(group))]
+        scored = self.worker.score(
+            [problems[p].prompt for p, _ in rows],
+            [texts[p][i] for p, i in rows],
+            [samples[p][i].token_ids for p, i in rows],
+            [problems[p].columns for p, _ in rows],
+        )
+        rewards: list[list[float | None]] = [[] for _ in problems]
+        for (p, _), reward in zip(rows, scored.rewards, strict=True):
+            rewards[p].append(reward)
+        groups = [
+            ScoredGroup(*parts)
+            for parts in zip(numbers, problems, prompts, samples, texts, rewards, strict=True)
+        ]
+        seconds = (sampled - started, time.perf_counter() - sampled)
+        return Collected(groups, scored.errors, scored.timeouts, *seconds)
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """The run's sampling, with some fields changed."""
+        rollout, pruning = self.config.rollout, self.config.update.pruning
+        options = {
+            "n": rollout.group_size,
+            "max_tokens": rollout.max_tokens,
+            "temperature": rollout.temperature,
+            "min_p": 0.0 if pruning is None else pruning.rho,
+            "stop_token_ids": self.stop_token_ids,
+        }
+        return Sampling(**(options | changes))
+
+    def completion(self, sample: Sample) -> str:
+        """The sample's text without the stop token."""
+        ids = sample.token_ids[:-1] if sample.finish_reason == "stop" else sample.token_ids
+        return self.tokenizer.decode(ids)
+
+    def close(self) -> None:
+        """Ends the reward process."""
+        self.worker.close()
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int, ...]:
+    """Token ids that end a rollout: end-of-sequence, and the task's stop text.
+
+    Args:
+        tokenizer: of the policy.
+        task: its `stop` may be empty.
+
+    Returns:
+        The ids, each once.
+
+    Raises:
+        ValueError: the stop text is not a single token, or nothing could end a rollout.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if task.stop:
+        encoded = tokenizer.encode(task.stop, add_special_tokens=False)
+        if len(encoded) != 1:
+            raise ValueError(f"stop: expected one token, {task.stop!r} is {encoded}")
+        ids += encoded
+    if not ids:
+        raise ValueError(
+            "stop: the tokenizer has no end-of-sequence token and the task no stop text"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def stable_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but its arguments."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
