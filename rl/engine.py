@@ -117,6 +117,14 @@ class TransformersEngine:
             quantize_weights_(self.model, self.quantize_bits)
         self.version = version
 
+    def to(self, device: torch.device) -> None:
+        """Moves the engine's copy of the model.
+
+        Args:
+            device: where it samples from now on.
+        """
+        self.model.to(device)
+
     def close(self) -> None:
         """Nothing to free."""
 

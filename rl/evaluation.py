@@ -10,6 +10,7 @@ import torch.distributed as dist
 from .collect import stable_seed
 from .loop import RLModule
 from .rollout import RolloutEngine
+from .sharding import full_parameters
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def evaluate(module: RLModule, engine: RolloutEngine, version: int) -> Evaluatio
     """
     config = module.config.evaluation
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    engine.update_weights(module.policy.named_parameters(), version)
+    engine.update_weights(full_parameters(module.policy), version)
     numbers = range(rank, config.problems, world)
     label = getattr(module.collector.task, "label", None)
     sums: dict[str, list[float]] = {}  # name -> [sum, count]

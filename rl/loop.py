@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optim import AdamMini, LengthTriggeredLR
@@ -34,7 +35,7 @@ from .ranks import (
     refuse_strategy,
     world_size,
 )
-from .rollout import RolloutEngine
+from .sharding import full_parameters, is_sharded, shard_policy, take_part_in_backward
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -74,14 +75,14 @@ class RLModule(pl.LightningModule):
         self.skipped_updates = 0
         self.last_groups: list[ScoredGroup] = []
         self.last_metrics: dict[str, float] = {}
-        self.engine: RolloutEngine | None = None
+        self.engine: TransformersEngine | None = None
         self.collector = Collector(config, task, tokenizer)
 
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, stage: str) -> None:
         """Refuses what would not be exact, before anything is written."""
-        refuse_strategy(self.trainer.strategy)
+        refuse_strategy(self.trainer.strategy, self.config.update.optimizer)
         refuse_precision(self.trainer.precision)
         check_shares(self.config.rollout.prompts, self.trainer.world_size)
 
@@ -121,9 +122,17 @@ class RLModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def configure_model(self) -> None:
+        """Under FSDP2: copies the whole policy for the engine, then shards it."""
+        if self.device_mesh is not None and not is_sharded(self.policy):
+            self.engine = self._make_engine()
+            shard_policy(self.policy, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
-        """Makes the engine's copy of the policy."""
-        self.engine = self._make_engine()
+        """Makes the engine's copy of the policy, on the policy's device."""
+        if self.engine is None:
+            self.engine = self._make_engine()
+        self.engine.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["trimtab"] = {
@@ -144,7 +153,7 @@ class RLModule(pl.LightningModule):
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
         update, numbers = batch
         assert self.engine is not None
-        self.engine.update_weights(self.policy.named_parameters(), version=update)
+        self.engine.update_weights(full_parameters(self.policy), version=update)
         collected = self.collector.collect(
             self.engine,
             "train",
@@ -186,7 +195,7 @@ class RLModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- the parts of an update
 
-    def _make_engine(self) -> RolloutEngine:
+    def _make_engine(self) -> TransformersEngine:
         rollout = self.config.rollout
         return TransformersEngine(
             self.policy,
@@ -231,7 +240,7 @@ class RLModule(pl.LightningModule):
         config, optimizer = self.config.update, self.optimizers()
         process_group = dist.group.WORLD if world_size() > 1 else None
         parts = self._parts(batch)
-        old_logp: list[Tensor] = []
+        old_logp: dict[int, Tensor] = {}
         metrics: dict[str, float] = {}
         for _ in range(config.epochs):
             optimizer.zero_grad()
@@ -241,16 +250,20 @@ class RLModule(pl.LightningModule):
             )
             found: list[tuple[int, Metrics]] = []
             for i, rows in enumerate(parts):
+                if rows is None:
+                    take_part_in_backward(self.policy)
+                    continue
                 part = batch.select(rows)
                 with self._without_gradient_sync():
                     stats = self._statistics(part)
-                    if len(old_logp) == i:
-                        old_logp.append(stats.logp.detach())
+                    old_logp.setdefault(i, stats.logp.detach())
                     width = part.mask.shape[1]
                     loss, part_metrics = objective(
                         stats, part, weights[rows][:, :width], old_logp[i], config
                     )
-                    self.manual_backward(loss)
+                    # reduce-scatter of FSDP2 averages; the weights already divide by global counts
+                    scale = world_size() if is_sharded(self.policy) else 1
+                    self.manual_backward(loss * scale)
                 found.append((int(part.mask.sum()), part_metrics | {"loss": loss.detach()}))
             metrics = mean_over_ranks(merge_parts(found))
             self._add_gradients_of_ranks()
@@ -266,20 +279,28 @@ class RLModule(pl.LightningModule):
             return strategy.block_backward_sync()
         return nullcontext()
 
-    def _parts(self, batch: RolloutBatch) -> list[Tensor]:
-        """[B] bool row masks of whole groups whose graphs are alive together."""
+    def _parts(self, batch: RolloutBatch) -> list[Tensor | None]:
+        """[B] bool row masks of whole groups whose graphs are alive together.
+
+        A sharded policy is called by all processes alike: those with fewer parts fill up with None.
+        """
         size = self.config.update.micro_prompts or len(batch.prompts)
         parts = [
             batch.rows_of_prompts(first, first + size)
             for first in range(0, len(batch.prompts), size)
         ]
-        return [rows for rows in parts if rows.any()]
+        parts = [rows for rows in parts if rows.any()]
+        if not is_sharded(self.policy):
+            return parts
+        count = torch.tensor(len(parts), device=self.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return parts + [None] * (int(count) - len(parts))
 
     def _statistics(self, part: RolloutBatch) -> Any:
         update, rollout = self.config.update, self.config.rollout
         return policy_statistics(self.policy, part, update, rollout.temperature)
 
-    def _kept_rollouts(self, batch: RolloutBatch, parts: list[Tensor]) -> Tensor | None:
+    def _kept_rollouts(self, batch: RolloutBatch, parts: list[Tensor | None]) -> Tensor | None:
         """[B] bool for `denominator: kept`, which must be known before the first weight is."""
         region = self.config.update.trust_region
         if region is None or region.denominator == "total":
@@ -287,13 +308,16 @@ class RLModule(pl.LightningModule):
         keep = batch.mask.new_zeros(len(batch))
         with torch.no_grad():
             for rows in parts:
+                if rows is None:
+                    take_part_in_backward(self.policy)
+                    continue
                 part = batch.select(rows)
                 keep[rows] = trusted_rollouts(self._statistics(part), part, self.config.update)[0]
         return keep
 
     def _add_gradients_of_ranks(self) -> None:
         """Sums gradients over the processes: the weights already divide by global counts."""
-        if world_size() == 1:
+        if world_size() == 1 or is_sharded(self.policy):
             return
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         for p in trained:
@@ -310,6 +334,7 @@ class RLModule(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.parameters(), config.clip_norm or torch.inf
         )
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         metrics["grad_norm"] = float(norm)
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         if not torch.isfinite(norm):

@@ -5,23 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor
 
 
-def refuse_strategy(strategy: Strategy) -> None:
+def refuse_strategy(strategy: Strategy, optimizer: str) -> None:
     """Raises for a strategy under which the update would not equal that of one process.
 
     Args:
-        strategy: the trainer's.
+        strategy: the trainer's: a single device, DDP, or ModelParallelStrategy for FSDP2.
+        optimizer: `adam_mini` or `adamw`.
 
     Raises:
-        ValueError: neither a single device nor DDP.
+        ValueError: another strategy, one that shards in two dimensions or writes sharded
+            checkpoints, or adam_mini on a sharded policy, whose blocks may straddle processes.
     """
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        return
+    if not isinstance(strategy, ModelParallelStrategy):
         raise ValueError(
-            f"trainer.strategy: expected a single device or ddp, got {type(strategy).__name__}; "
-            "others are refused until they are exact"
+            "trainer.strategy: expected a single device, ddp or ModelParallelStrategy (FSDP2), got "
+            f"{type(strategy).__name__}; others are refused until they are exact"
+        )
+    if strategy._tensor_parallel_size != 1 or strategy._save_distributed_checkpoint:
+        raise ValueError(
+            "trainer.strategy: expected ModelParallelStrategy with data_parallel_size = devices, "
+            "tensor_parallel_size = 1 and save_distributed_checkpoint = false"
+        )
+    if optimizer == "adam_mini":
+        raise ValueError(
+            "update.optimizer: expected adamw under FSDP2, got adam_mini, which is refused there "
+            "until its sharded step is exact"
         )
 
 

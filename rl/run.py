@@ -35,6 +35,7 @@ from .recording import (
     replace_text,
 )
 from .report import draw_report, print_table
+from .sharding import full_parameters
 from .tasks import Task
 from .warmup import warm_up
 
@@ -73,7 +74,7 @@ class Run:
         self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
         self.updates_done = 0 if self.checkpoint is None else updates_of(self.checkpoint)
         self.trainer = self._trainer(dict(trainer_options))
-        refuse_strategy(self.trainer.strategy)
+        refuse_strategy(self.trainer.strategy, self.config.update.optimizer)
         refuse_precision(self.trainer.precision)
         check_shares(config.rollout.prompts, self.trainer.world_size)
         if not isinstance(config.task, Task):
@@ -121,8 +122,9 @@ class Run:
         last = folder.checkpoints / f"update={self.module.updates_done:06d}.ckpt"
         if not self.trainer.strategy.broadcast(last.exists()):  # all ranks must decide alike
             self.trainer.save_checkpoint(last)
+        weights = dict(full_parameters(self.module.policy))  # all ranks, if it is sharded
         if rank_zero_only.rank == 0:
-            self._finish()
+            self._finish(weights)
 
     def _trainer(self, options: dict[str, Any]) -> pl.Trainer:
         record, folder = self.config.record, self.folder
@@ -174,7 +176,7 @@ class Run:
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as refused:
             raise ValueError(f"trainer: {refused}") from refused
 
-    def _finish(self) -> None:
+    def _finish(self, weights: dict[str, torch.Tensor]) -> None:
         module, folder = self.module, self.folder
         if not folder.metrics.is_file():
             return
@@ -190,7 +192,7 @@ class Run:
         if module.updates_done < self.config.updates:
             print(f"stopped after update {module.updates_done}: --resume {folder.path} goes on")
             return
-        module.policy.save_pretrained(folder.policy)
+        module.policy.save_pretrained(folder.policy, state_dict=weights)
         module.tokenizer.save_pretrained(folder.policy)
         print_table(summary, folder.path)
 

@@ -67,3 +67,10 @@ def fails_on_a(prompts, completions, completion_ids):
 
 def always_fails(prompts, completions, completion_ids):
     raise RuntimeError("no score")
+
+
+def lost_on_the_second_rank(prompts, completions, completion_ids):
+    """Of tiny_run's prompts, 4 an update over two ranks: the second rank's first four have none."""
+    if int(prompts[0][0]) % 4 >= 2:
+        raise RuntimeError("no score")
+    return digits_written(prompts, completions, completion_ids)

@@ -156,7 +156,8 @@ class SaveGradients(pl.Callback):
     """Saves each rank's gradient before every optimizer step, in the run's folder."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        grads = [p.grad.flatten() for p in module.policy.parameters()]
+        grads = [p.grad for p in module.policy.parameters()]
+        grads = [(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads]
         folder = Path(trainer.default_root_dir) / "gradients"
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(torch.cat(grads), folder / f"{module.updates_done}-{trainer.global_rank}.pt")

@@ -1,0 +1,61 @@
+"""FSDP2: a policy whose parameters are spread over the processes.
+
+A process cannot call a sharded policy alone: each forward gathers parameters from all of them, and
+each backward reduces gradients to all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+def shard_policy(policy: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shards a policy in place, each decoder layer as a unit of its own.
+
+    Args:
+        policy: causal LM.
+        mesh: one-dimensional.
+    """
+    layers = set(policy._no_split_modules or ())
+    for module in list(policy.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+
+
+def is_sharded(policy: PreTrainedModel) -> bool:
+    """Whether the policy's parameters are DTensors."""
+    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def full_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Whole parameters by checkpoint name; of a sharded policy every process must take them all.
+
+    Args:
+        policy: sharded or not.
+
+    Yields:
+        (name, tensor); gathered for the occasion where the parameter is sharded.
+    """
+    for name, parameter in policy.named_parameters():
+        whole = parameter.detach()
+        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+def take_part_in_backward(policy: PreTrainedModel) -> None:
+    """A forward and backward that adds nothing, for a process without rollouts of its own.
+
+    Args:
+        policy: sharded.
+    """
+    device = torch.device(policy.device)
+    logits = policy(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device)).logits
+    if torch.is_grad_enabled():
+        (logits.float().sum() * 0.0).backward()
