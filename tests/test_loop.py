@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import tiny_run
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 from reward_functions import always_fails, digits_written, fails_on_a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,8 +206,14 @@ def test_evaluation_counts_what_the_engine_wrote(policy_folder):
 def test_shares_strategies_and_precisions_that_are_not_exact_are_refused():
     with pytest.raises(ValueError, match=r"rollout.prompts: .* multiple of the 2 processes, got 3"):
         check_shares(3, 2)
-    with pytest.raises(ValueError, match="ModelParallelStrategy"):
-        refuse_strategy(ModelParallelStrategy())
+    whole = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    refuse_strategy(whole, "adamw")
+    with pytest.raises(ValueError, match=r"update.optimizer: expected adamw .* got adam_mini"):
+        refuse_strategy(whole, "adam_mini")
+    with pytest.raises(ValueError, match="save_distributed_checkpoint = false"):
+        refuse_strategy(ModelParallelStrategy(2, 1), "adamw")
+    with pytest.raises(ValueError, match="FSDP2.*, got FSDPStrategy"):
+        refuse_strategy(FSDPStrategy(), "adamw")
     for precision in ("bf16-true", "16-mixed"):
         with pytest.raises(ValueError, match=f"trainer.precision: .* got {precision}"):
             refuse_precision(precision)
