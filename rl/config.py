@@ -132,7 +132,7 @@ class LengthRateConfig:
         smoothing: weight of the past in the smoothed mean, in [0, 1).
         period_factor: the rate is halved every period_factor * (update of the trigger) updates.
         decay: factor of each fall, in (0, 1).
-        floor: least factor, in (0, 1].
+        floor: least factor, in [0, 1].
         mode: `alert` only reports the trigger.
     """
 
@@ -171,6 +171,8 @@ class UpdateConfig:
         clip_low: lower clip range of ppo_clip.
         clip_high: upper clip range of ppo_clip.
         aggregation: weights of the tokens (arXiv 2605.04077 compares the rules).
+        zero_advantage: rollouts whose outcome advantage is 0 `count` in their group, or are left
+            out (`exclude`).
         trust_region: masks rollouts by their mismatch; null does not.
         pruning: takes the objective and the sampling on the safe vocabulary; null does not.
         length_rate: lowers the rate after a surge of the response length; null does not.
@@ -197,6 +199,7 @@ class UpdateConfig:
     aggregation: Literal[
         "balanced", "seq_mean", "token_mean", "token_mean_group", "seq_mean_token_sum_norm"
     ] = "balanced"
+    zero_advantage: Literal["count", "exclude"] = "count"
     trust_region: TrustRegionConfig | None = None
     pruning: PruningConfig | None = None
     length_rate: LengthRateConfig | None = None

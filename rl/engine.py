@@ -151,10 +151,16 @@ class TransformersEngine:
         for request in requests:
             widest = max(widest, request.sampling.n)
             if chunk and (len(chunk) + 1) * widest > self.max_rows:
-                results += self._generate(chunk)
+                results += self._generate_alike(chunk)
                 chunk, widest = [], request.sampling.n
             chunk.append(request)
-        return results + self._generate(chunk)
+        return results + self._generate_alike(chunk)
+
+    def _generate_alike(self, requests: list[Request]) -> list[list[Sample]]:
+        """The engine has its own dtype: a trainer's autocast around the call must not reach it."""
+        device = self.model.get_input_embeddings().weight.device
+        with torch.autocast(device.type, enabled=False):
+            return self._generate(requests)
 
     def _generate(self, requests: list[Request]) -> list[list[Sample]]:
         """One padded batch of groups: prefill each prompt once, then decode all rows together."""

@@ -26,15 +26,22 @@ from .batch import RolloutBatch, collate
 from .collect import Collected, Collector, ScoredGroup, stable_seed
 from .config import RLConfig
 from .engine import TransformersEngine
-from .objective import Metrics, objective, policy_statistics, token_weights, trusted_rollouts
+from .objective import (
+    Objective,
+    batch_metrics,
+    objective,
+    policy_statistics,
+    token_weights,
+    trusted_rollouts,
+)
 from .ranks import (
     check_shares,
     mean_over_ranks,
-    merge_parts,
     refuse_precision,
     refuse_strategy,
     world_size,
 )
+from .rollout import refuse_engine
 from .sharding import full_parameters, is_sharded, shard_policy, take_part_in_backward
 from .tasks import Task
 
@@ -133,6 +140,9 @@ class RLModule(pl.LightningModule):
         if self.engine is None:
             self.engine = self._make_engine()
         self.engine.to(self.device)
+        needs_min_p = self.config.update.pruning is not None
+        tempered = self.config.rollout.temperature != 1 or needs_min_p
+        refuse_engine(self.engine.capabilities, processed=tempered, min_p=needs_min_p)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["trimtab"] = {
@@ -170,9 +180,11 @@ class RLModule(pl.LightningModule):
         )
         started = time.perf_counter()
         facts = self._rollout_facts(rollouts, collected)
-        metrics = (
-            self._update(rollouts, facts) if facts["rollouts"] else self._skip("no reward is left")
-        )
+        metrics: dict[str, float] = {}
+        if facts["rollouts"]:
+            metrics = self._update(rollouts, facts)
+        else:
+            self._skip("no reward is left")
         self.last_groups = groups
         self.updates_done = update + 1
         times = {
@@ -216,14 +228,22 @@ class RLModule(pl.LightningModule):
                 batch.truncated.sum().item(),
                 collected.errors,
                 collected.timeouts,
+                sum(r is None for group in collected.groups for r in group.rewards)
+                - collected.errors
+                - collected.timeouts,
             ],
             dtype=torch.float64,
             device="cpu" if self.device.type == "mps" else self.device,
         )
         if world_size() > 1:
             dist.all_reduce(sums)
-        n, reward, length, squares, truncated, errors, timeouts = sums.tolist()
-        facts = {"rollouts": n, "reward_errors": errors, "reward_timeouts": timeouts}
+        n, reward, length, squares, truncated, errors, timeouts, unscored = sums.tolist()
+        facts = {
+            "rollouts": n,
+            "reward_errors": errors,
+            "reward_timeouts": timeouts,
+            "reward_none": unscored,  # the reward function's own None
+        }
         if n:
             mean = length / n
             facts |= {
@@ -240,35 +260,42 @@ class RLModule(pl.LightningModule):
         config, optimizer = self.config.update, self.optimizers()
         process_group = dist.group.WORLD if world_size() > 1 else None
         parts = self._parts(batch)
-        old_logp: dict[int, Tensor] = {}
+        old_logp = torch.zeros_like(batch.rollout_logp)
         metrics: dict[str, float] = {}
-        for _ in range(config.epochs):
+        for epoch in range(config.epochs):
             optimizer.zero_grad()
             keep = self._kept_rollouts(batch, parts)
             weights = token_weights(
                 batch, config, self.config.rollout.max_tokens, process_group, keep
             )
-            found: list[tuple[int, Metrics]] = []
-            for i, rows in enumerate(parts):
+            done: list[tuple[Tensor, Objective]] = []
+            for rows in parts:
                 if rows is None:
                     take_part_in_backward(self.policy)
                     continue
                 part = batch.select(rows)
+                width = part.mask.shape[1]
                 with self._without_gradient_sync():
                     stats = self._statistics(part)
-                    old_logp.setdefault(i, stats.logp.detach())
-                    width = part.mask.shape[1]
-                    loss, part_metrics = objective(
-                        stats, part, weights[rows][:, :width], old_logp[i], config
+                    if epoch == 0:
+                        columns = torch.arange(width, device=self.device)
+                        old_logp[rows.nonzero(), columns] = stats.logp.detach().to(old_logp.dtype)
+                    result = objective(
+                        stats, part, weights[rows][:, :width], old_logp[rows][:, :width], config
                     )
                     # reduce-scatter of FSDP2 averages; the weights already divide by global counts
                     scale = world_size() if is_sharded(self.policy) else 1
-                    self.manual_backward(loss * scale)
-                found.append((int(part.mask.sum()), part_metrics | {"loss": loss.detach()}))
-            metrics = mean_over_ranks(merge_parts(found))
+                    self.manual_backward(result.loss * scale)
+                done.append((rows, result))
+            own = batch_metrics(done, batch, weights, old_logp, config) if done else {}
+            found = mean_over_ranks(own)
             self._add_gradients_of_ranks()
-            if not self._step(optimizer, metrics):
-                return self._skip("the gradient is not finite") | metrics
+            stepped = self._step(optimizer, found)
+            prefix = f"epoch_{epoch + 1}/" if epoch else ""
+            metrics |= {prefix + name: value for name, value in found.items()}
+            if not stepped:
+                self._skip("the gradient is not finite")
+                break
         self._schedule(facts, metrics)
         return metrics
 
@@ -336,6 +363,7 @@ class RLModule(pl.LightningModule):
         )
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         metrics["grad_norm"] = float(norm)
+        metrics["variance/signal"] = float(norm) ** 2
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
         if not torch.isfinite(norm):
             return False
@@ -350,10 +378,9 @@ class RLModule(pl.LightningModule):
             metrics["length_rate/triggered"] = float(schedule.triggered_at is not None)
         schedule.step()
 
-    def _skip(self, why: str) -> dict[str, float]:
+    def _skip(self, why: str) -> None:
         self.skipped_updates += 1
-        logger.warning("update %d is skipped: %s", self.updates_done + 1, why)
-        return {}
+        logger.warning("a step of update %d is skipped: %s", self.updates_done + 1, why)
 
 
 class _LinearWarmup:

@@ -5,6 +5,8 @@ Shapes: B rollouts, T response tokens, N = real tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from ..stability import (
     pruning_metrics,
     ratio_policy_loss,
     reinforce,
+    sign_length_coupling,
     trust_region_mask,
 )
 from ..triton_kernels.token_stats import TokenStats, token_stats
@@ -97,6 +100,7 @@ def token_weights(
         outcome_advantages(batch, config),
         rule=config.aggregation,
         max_length=max_tokens,
+        zero_advantage=config.zero_advantage,
         valid=keep,
         process_group=process_group,
     )
@@ -117,13 +121,27 @@ def trusted_rollouts(
     )
 
 
+class Objective(NamedTuple):
+    """What one part of a batch gives.
+
+    Args:
+        loss: scalar with a graph; the parts' losses add up to the batch's.
+        stats: [B, T] statistics, detached.
+        advantages: [B, T].
+    """
+
+    loss: Tensor
+    stats: TokenStats
+    advantages: Tensor
+
+
 def objective(
     stats: TokenStats,
     batch: RolloutBatch,
     weights: Tensor,
     old_logp: Tensor,
     config: UpdateConfig,
-) -> tuple[Tensor, Metrics]:
+) -> Objective:
     """Loss of (a part of) a batch, such that the parts' losses add up to the batch's.
 
     Args:
@@ -134,42 +152,16 @@ def objective(
         config: the parts that are switched on.
 
     Returns:
-        The scalar loss and the metrics of this part.
+        Objective.
     """
-    logp = stats.logp.detach()
-    mask, metrics = batch.mask, {}
-    keep, found = trusted_rollouts(stats, batch, config)
-    metrics |= found
-    if config.pruning is not None:
-        metrics |= pruning_metrics(stats, mask)
-        mask, found = out_of_set_mask(stats.in_safe_set, mask, policy=config.pruning.out_of_set)
-        metrics |= found
-
-    # pi_old / pi_rollout: the part of the ratio that no update has made
+    seen = TokenStats(*(x if x is None else x.detach() for x in stats))
+    keep, _ = trusted_rollouts(seen, batch, config)
+    mask, _ = trained_tokens(seen, batch, config)
+    # pi_old / pi_rollout, at most 2: the part of the ratio that no update has made
     correction, _ = importance_weights(
-        old_logp - batch.rollout_logp, batch.mask, kind="token_truncate"
+        old_logp - batch.rollout_logp, batch.mask, kind="token_truncate", high=2.0
     )
-    if config.advantage == "token_baseline":
-        options = config.token_baseline
-        last = batch.mask.sum(-1) - 1
-        token_rewards = torch.zeros_like(logp)
-        token_rewards[torch.arange(len(batch), device=last.device), last] = batch.rewards.to(
-            logp.dtype
-        )
-        advantages = optimal_token_baseline(
-            token_rewards,
-            batch.mask,
-            logp,
-            stats.sum_p2.detach(),
-            batch.group_ids,
-            alignment=options.alignment,
-            leave_one_out=options.leave_one_out,
-            importance=correction,
-            tail=options.tail,
-        )
-    else:
-        advantages = broadcast_advantages(outcome_advantages(batch, config), batch.mask)
-
+    advantages = token_advantages(seen, batch, correction, config)
     if config.loss == "ratio":
         token_loss = ratio_policy_loss(stats.logp, batch.rollout_logp, advantages, mask=mask)
     elif config.loss == "ppo_clip":
@@ -181,17 +173,95 @@ def objective(
             clip_high=config.clip_high,
             mask=mask,
         )
-        metrics |= clip_metrics(
-            logp - old_logp, advantages, mask, config.clip_low, config.clip_high
-        )
     else:
         importance, _ = importance_weights(
-            logp - batch.rollout_logp, batch.mask, kind="token_truncate"
+            seen.logp - batch.rollout_logp, batch.mask, kind="token_truncate", high=2.0
         )
         token_loss = reinforce(stats.logp, advantages, importance, mask=mask)
-    loss = apply_weights(token_loss, weights * mask, keep)
+    return Objective(apply_weights(token_loss, weights * mask, keep), seen, advantages)
 
-    metrics["entropy"] = stats.entropy.detach()[batch.mask].mean()
-    metrics |= mismatch_metrics(logp, batch.rollout_logp, batch.mask)
-    metrics |= gradient_variance_proxy(advantages, logp, stats.sum_p2.detach(), batch.mask)
-    return loss, metrics
+
+def trained_tokens(
+    stats: TokenStats, batch: RolloutBatch, config: UpdateConfig
+) -> tuple[Tensor, Metrics]:
+    """[B, T] bool: tokens in the loss; all of them unless pruning drops some."""
+    if config.pruning is None:
+        return batch.mask, {}
+    return out_of_set_mask(stats.in_safe_set, batch.mask, policy=config.pruning.out_of_set)
+
+
+def token_advantages(
+    stats: TokenStats, batch: RolloutBatch, correction: Tensor, config: UpdateConfig
+) -> Tensor:
+    """[B, T] advantages by the configured rule; `correction` is pi_old / pi_rollout, truncated."""
+    if config.advantage != "token_baseline":
+        return broadcast_advantages(outcome_advantages(batch, config), batch.mask)
+    options = config.token_baseline
+    last = batch.mask.sum(-1) - 1
+    token_rewards = torch.zeros_like(stats.logp)
+    rows = torch.arange(len(batch), device=last.device)
+    token_rewards[rows, last] = batch.rewards.to(stats.logp.dtype)
+    return optimal_token_baseline(
+        token_rewards,
+        batch.mask,
+        stats.logp,
+        stats.sum_p2,
+        batch.group_ids,
+        alignment=options.alignment,
+        leave_one_out=options.leave_one_out,
+        importance=correction,
+        tail=options.tail,
+    )
+
+
+def batch_metrics(
+    parts: list[tuple[Tensor, Objective]],
+    batch: RolloutBatch,
+    weights: Tensor,
+    old_logp: Tensor,
+    config: UpdateConfig,
+) -> Metrics:
+    """Metrics of a whole batch, whatever parts it was computed in.
+
+    Args:
+        parts: [B] bool rows of each part and what it gave; together they cover the batch.
+        batch: B rollouts, at least one.
+        weights: [B, T] of `token_weights`.
+        old_logp: [B, T] trainer's log-probs when the batch was first seen: the mismatch is between
+            these and the engine's, before any update.
+        config: the parts of the pack that are switched on.
+
+    Returns:
+        0-d tensors by name.
+    """
+    stats = TokenStats(*(_joined(parts, batch, field) for field in TokenStats._fields))
+    advantages = _joined(parts, batch, "advantages")
+    mask, metrics = trained_tokens(stats, batch, config)
+    metrics = metrics | trusted_rollouts(stats, batch, config)[1]
+    if config.pruning is not None:
+        metrics |= pruning_metrics(stats, batch.mask)
+    if config.loss == "ppo_clip":
+        drift = stats.logp - old_logp
+        metrics |= clip_metrics(drift, advantages, mask, config.clip_low, config.clip_high)
+    metrics["loss"] = torch.stack([part.loss.detach() for _, part in parts]).sum()
+    metrics["entropy"] = stats.entropy[batch.mask].mean()
+    metrics["sign_length_coupling"] = sign_length_coupling(
+        weights, outcome_advantages(batch, config)
+    )
+    metrics |= mismatch_metrics(old_logp, batch.rollout_logp, batch.mask)
+    return metrics | gradient_variance_proxy(advantages, stats.logp, stats.sum_p2, batch.mask)
+
+
+def _joined(
+    parts: list[tuple[Tensor, Objective]], batch: RolloutBatch, field: str
+) -> Tensor | None:
+    """[B, T] of a field of the parts, each of which may be narrower."""
+    whole = None
+    for rows, part in parts:
+        values = part.advantages if field == "advantages" else getattr(part.stats, field)
+        if values is None:
+            return None
+        if whole is None:
+            whole = values.new_zeros(batch.mask.shape)
+        whole[rows.nonzero(), torch.arange(values.shape[1], device=values.device)] = values
+    return whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -11,7 +13,6 @@ from pytorch_lightning.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
-from torch import Tensor
 
 
 def refuse_strategy(strategy: Strategy, optimizer: str) -> None:
@@ -81,48 +82,34 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def merge_parts(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
-    """Metrics of the parts of a batch as those of the whole.
-
-    Args:
-        parts: (tokens, metrics) of each part.
-
-    Returns:
-        For each name its mean weighted by tokens; but the greatest of `*_max`, the least of `*_min`
-        and the sum of `loss`, whose parts add up.
-    """
-    return _combined([(n, {k: float(v) for k, v in found.items()}) for n, found in parts])
-
-
-def mean_over_ranks(metrics: dict[str, Any]) -> dict[str, float]:
-    """Metrics of each process as those of all; every process must call.
+def mean_over_ranks(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of each process as one set, for display; every process must call.
 
     Args:
         metrics: of this process; another may have other names.
 
     Returns:
-        As `merge_parts`, each process with the same weight. For display only: what the update
-        itself needs is summed exactly.
+        For each name its mean over the processes that have it; but the greatest of `*_max`, the
+        least of `*_min`, and the sum of `loss` and `*/count`. What the update itself needs is
+        summed exactly, not here.
     """
     own = {name: float(value) for name, value in metrics.items()}
     if world_size() == 1:
         return own
     gathered: list[dict[str, float]] = [{} for _ in range(world_size())]
     dist.all_gather_object(gathered, own)
-    return _combined([(1, found) for found in gathered])
+    return combined(gathered)
 
 
-def _combined(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    combined: dict[str, float] = {}
-    for name in dict.fromkeys(name for _, found in parts for name in found):
-        present = [(n, found[name]) for n, found in parts if name in found]
-        values = [value for _, value in present]
-        if name.endswith("_max"):
-            combined[name] = max(values)
-        elif name.endswith("_min"):
-            combined[name] = min(values)
-        elif name == "loss":
-            combined[name] = sum(values)
-        else:
-            combined[name] = sum(n * v for n, v in present) / sum(n for n, _ in present)
-    return combined
+def combined(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What `mean_over_ranks` makes of the processes' metrics."""
+    names = dict.fromkeys(name for metrics in found for name in metrics)
+    values = {name: [metrics[name] for metrics in found if name in metrics] for name in names}
+    return {name: _rule(name)(present) for name, present in values.items()}
+
+
+def _rule(name: str) -> Callable[[list[float]], float]:
+    for ending, rule in (("_max", max), ("_min", min), ("/count", sum)):
+        if name.endswith(ending):
+            return rule
+    return sum if name == "loss" else statistics.fmean

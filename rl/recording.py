@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,16 @@ class RunFolder:
             raise ValueError(f"{path} is no run folder (no config.yaml in it)")
         return folder
 
+    def checkpoint(self, updates: int) -> Path:
+        """The checkpoint after so many updates."""
+        return self.checkpoints / f"update={updates:06d}.ckpt"
+
+    def finished(self, updates: int) -> bool:
+        """Whether a run of so many updates has left all it leaves: the summary says so last."""
+        if not self.summary.is_file():
+            return False
+        return json.loads(self.summary.read_text()).get("updates") == updates
+
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint that can be read whole; broken ones are named in the log."""
         for path in sorted(self.checkpoints.glob("update=*.ckpt"), reverse=True):
@@ -120,6 +134,23 @@ def replace_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Fills a folder so that a crash leaves the old or the new one, whole.
+
+    Args:
+        path: of the folder in the end.
+
+    Yields:
+        The folder to fill.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    shutil.rmtree(path, ignore_errors=True)
+    unfinished.rename(path)
+
+
 class MetricsWriter(Callback):
     """Writes the metrics of each update: a line of metrics.jsonl, and whatever the loggers make.
 
@@ -137,7 +168,8 @@ class MetricsWriter(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        row = {"update": module.updates_done, **module.last_metrics}
+        values = {k: v if math.isfinite(v) else None for k, v in module.last_metrics.items()}
+        row = {"update": module.updates_done, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for log in trainer.loggers:

@@ -129,6 +129,26 @@ class RolloutEngine(Protocol):
         ...
 
 
+def refuse_engine(capabilities: Capabilities, *, processed: bool, min_p: bool) -> None:
+    """Raises if a recipe needs what an engine cannot do.
+
+    Args:
+        capabilities: of the engine.
+        processed: the recipe samples from another distribution than the plain softmax.
+        min_p: it truncates by min_p (vocabulary pruning).
+
+    Raises:
+        ValueError: the engine reports raw log-probs, or has no min_p.
+    """
+    if processed and not capabilities.processed_logprobs:
+        raise ValueError(
+            "engine: expected log-probs after temperature and min_p, this one reports raw ones; "
+            "set temperature 1 and no pruning"
+        )
+    if min_p and not capabilities.min_p:
+        raise ValueError("engine: expected min_p for vocabulary pruning, this one has none")
+
+
 def truncate_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Log-probabilities of the distribution to sample from.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -33,6 +33,7 @@ from .recording import (
     progress_display,
     read_rows,
     replace_text,
+    replaced_folder,
 )
 from .report import draw_report, print_table
 from .sharding import full_parameters
@@ -101,7 +102,7 @@ class Run:
     def train(self) -> None:
         """Trains to the end, and leaves the report."""
         config, folder = self.config, self.folder
-        if self.updates_done >= config.updates:
+        if self.updates_done >= config.updates and folder.finished(self.updates_done):
             print(f"{folder.path} is complete: {self.updates_done} updates. --updates raises them.")
             return
         if rank_zero_only.rank == 0:
@@ -112,6 +113,9 @@ class Run:
             folder.path.mkdir(parents=True, exist_ok=True)
             replace_text(folder.config, self.text)
             folder.forget_after(self.updates_done)
+            for newer in folder.checkpoints.glob("update=*.ckpt"):
+                if newer > folder.checkpoint(self.updates_done):
+                    newer.unlink()  # it could not be read
         self.trainer.fit(
             self.module,
             ProblemData(config.rollout.prompts, config.updates),
@@ -119,9 +123,7 @@ class Run:
             weights_only=True,
         )
         # where max_steps or max_time stopped the run, or for a continuation with more updates
-        last = folder.checkpoints / f"update={self.module.updates_done:06d}.ckpt"
-        if not self.trainer.strategy.broadcast(last.exists()):  # all ranks must decide alike
-            self.trainer.save_checkpoint(last)
+        self.checkpoints.save(self.trainer, self.module)
         weights = dict(full_parameters(self.module.policy))  # all ranks, if it is sharded
         if rank_zero_only.rank == 0:
             self._finish(weights)
@@ -134,6 +136,9 @@ class Run:
             raise ValueError(
                 f"trainer.accelerator: expected cpu, got {asked!r}: no usable CUDA device here"
             )
+        self.checkpoints = CheckpointWriter(
+            folder, record.checkpoint_every, record.keep_checkpoints
+        )
         extra = options.pop("callbacks", None) or []
         shown = options.pop("enable_progress_bar", None) is not False
         display = progress_display("RL") if shown else None
@@ -146,15 +151,7 @@ class Run:
                 record.transcripts,
                 self.config.updates,
             ),
-            ModelCheckpoint(
-                dirpath=folder.checkpoints,
-                filename="update={update:06.0f}",
-                auto_insert_metric_name=False,
-                monitor="update",
-                mode="max",
-                save_top_k=record.keep_checkpoints,
-                every_n_train_steps=record.checkpoint_every * self.config.update.epochs,
-            ),
+            self.checkpoints,
             *([display] if display is not None else []),
             *(extra if isinstance(extra, list) else [extra]),
         ]
@@ -182,19 +179,53 @@ class Run:
             return
         rows = read_rows(folder.metrics)
         summary = json.loads(folder.summary.read_text()) if folder.summary.is_file() else {}
-        summary["updates"] = module.updates_done
         summary["seconds"] = {
             part: sum(row.get(f"time/{part}", 0.0) for row in rows)
             for part in ("rollout", "reward", "update")
         }
-        replace_text(folder.summary, json.dumps(summary, indent=1))
         draw_report(folder.metrics, folder.report)
         if module.updates_done < self.config.updates:
             print(f"stopped after update {module.updates_done}: --resume {folder.path} goes on")
             return
-        module.policy.save_pretrained(folder.policy, state_dict=weights)
-        module.tokenizer.save_pretrained(folder.policy)
+        with replaced_folder(folder.policy) as unfinished:
+            module.policy.save_pretrained(unfinished, state_dict=weights)
+            module.tokenizer.save_pretrained(unfinished)
+        summary["updates"] = module.updates_done  # last: it says that the run is finished
+        replace_text(folder.summary, json.dumps(summary, indent=1))
         print_table(summary, folder.path)
+
+
+class CheckpointWriter(Checkpoint):
+    """Writes a checkpoint every few updates and keeps the newest.
+
+    By updates, not by optimizer steps as ModelCheckpoint counts: an update may take several steps,
+    or skip one. A `Checkpoint`, because Lightning calls those after all other callbacks.
+
+    Args:
+        folder: of the run.
+        every: updates between checkpoints.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(self, folder: RunFolder, every: int, keep: int) -> None:
+        self.folder, self.every, self.keep = folder, every, keep
+        self.saved = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if module.updates_done % self.every == 0:
+            self.save(trainer, module)
+
+    def save(self, trainer: pl.Trainer, module: RLModule) -> None:
+        """Writes the checkpoint of this update, unless it is written; every process must call."""
+        if self.saved == module.updates_done:
+            return
+        trainer.save_checkpoint(self.folder.checkpoint(module.updates_done))
+        self.saved = module.updates_done
+        if rank_zero_only.rank == 0:
+            for old in sorted(self.folder.checkpoints.glob("update=*.ckpt"))[: -self.keep]:
+                old.unlink()
 
 
 class HeldOutEvaluation(Callback):

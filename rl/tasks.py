@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .rewards import RewardFunction, import_function, reasoning_gym_reward
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
 
@@ -167,8 +170,13 @@ class JsonLinesTask(Task):
         if heldout_path is not None:
             heldout = read_json_lines(Path(heldout_path))
         else:
-            heldout = rows[9::10] or rows
+            heldout = rows[9::10]
             rows = [row for i, row in enumerate(rows) if i % 10 != 9]
+            if not heldout:
+                heldout = rows
+                logger.warning(
+                    "%s has fewer than ten lines: the held-out problems are the training ones", path
+                )
         self._rows = {"train": rows, "heldout": heldout}
 
     def problem(self, split: Split, index: int) -> Problem:

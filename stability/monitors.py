@@ -19,7 +19,7 @@ from ._numerics import (
     valid_rows,
     wide,
 )
-from .statistics import group_index, segment_sum
+from .statistics import group_index, segment_min, segment_sum
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def group_metrics(
     *,
     pass_threshold: float = 0.5,
 ) -> dict[str, Tensor]:
-    """Fractions of groups with mixed outcomes, with passes alone and with failures alone.
+    """Fractions of groups with different rewards, with passes alone and with failures alone.
 
     Args:
         rewards: [B], finite where valid.
@@ -39,8 +39,9 @@ def group_metrics(
         pass_threshold: a rollout passes when its reward is above it.
 
     Returns:
-        0-d tensors `groups/mixed`, `groups/all_pass`, `groups/all_fail`, which sum to 1, and
-        `groups/count`; empty when no rollout counts.
+        0-d tensors, empty when no rollout counts: `groups/mixed`, the share of groups whose rewards
+        differ, which are those with a gradient; `groups/all_pass` and `groups/all_fail` by the
+        threshold (with rewards of 0 and 1 the three sum to 1); `groups/count`.
 
     Raises:
         ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
@@ -59,8 +60,11 @@ def group_metrics(
     passed = rows & (rewards > pass_threshold)
     sizes, passes = (segment_sum(x.long(), index, n) for x in (rows, passed))
     groups = sizes > 0
+    scored = masked(wide(rewards), rows)
+    lowest = segment_min(torch.where(rows, scored, torch.inf), index, n)
+    highest = -segment_min(torch.where(rows, -scored, torch.inf), index, n)
     return {
-        "groups/mixed": mean_over(((passes > 0) & (passes < sizes)).float(), groups),
+        "groups/mixed": mean_over((highest > lowest).float(), groups),
         "groups/all_pass": mean_over((passes == sizes).float(), groups),
         "groups/all_fail": mean_over((passes == 0).float(), groups),
         "groups/count": groups.sum(),

@@ -45,7 +45,9 @@ def logit_gradient_proxy(logp: Tensor, sum_p2: Tensor) -> Tensor:
         sum_p2: as logp, sum over the vocabulary of p^2, in (0, 1].
 
     Returns:
-        1 - 2 exp(logp) + sum_p2 in at least fp32, detached, clamped at 0 against rounding.
+        1 - 2 exp(logp) + sum_p2 in at least fp32, detached, as (1 - p)^2 + (sum_p2 - p^2) with the
+        second term held in [0, (1 - p)^2], its range: the plain form is all rounding where p is
+        close to 1.
 
     Raises:
         ValueError: shapes do not match.
@@ -54,7 +56,10 @@ def logit_gradient_proxy(logp: Tensor, sum_p2: Tensor) -> Tensor:
         arXiv 2602.07078.
     """
     check_shape("sum_p2", sum_p2, logp.shape, "shaped as logp")
-    return (1 - 2 * wide(logp.detach()).clamp_max(0).exp() + wide(sum_p2.detach())).clamp_min(0)
+    log_p = wide(logp.detach()).clamp_max(0)
+    own = log_p.expm1().square()
+    others = wide(sum_p2.detach()) - (2 * log_p).exp()
+    return own + torch.minimum(others.clamp_min(0), own)
 
 
 @torch.no_grad()

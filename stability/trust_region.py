@@ -81,9 +81,9 @@ def trust_region_mask(
     keep = (within_max & within_mean) | empty
     metrics = _kept_metrics(keep, average, mask)
     if metrics:
-        metrics["trust_region/rejected_by_max"] = mean_over((~within_max).float(), ~empty)
+        metrics["trust_region/rejected_by_peak"] = mean_over((~within_max).float(), ~empty)
         metrics["trust_region/rejected_by_mean"] = mean_over((~within_mean).float(), ~empty)
-        metrics["trust_region/largest"] = largest.max()
+        metrics["trust_region/peak_max"] = largest.max()
     return keep, metrics
 
 

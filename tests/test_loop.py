@@ -12,15 +12,18 @@ from reward_functions import always_fails, digits_written, fails_on_a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.rl import (
+    Capabilities,
     EvaluationConfig,
     LengthRateConfig,
     PolicyConfig,
     Problem,
     ProblemData,
     PruningConfig,
+    Request,
     RLConfig,
     RLModule,
     RolloutConfig,
+    Sampling,
     Task,
     TokenBaselineConfig,
     TrustRegionConfig,
@@ -28,7 +31,8 @@ from trimtab.rl import (
     evaluate,
 )
 from trimtab.rl.collect import stop_token_ids
-from trimtab.rl.ranks import check_shares, merge_parts, refuse_precision, refuse_strategy
+from trimtab.rl.ranks import check_shares, combined, refuse_precision, refuse_strategy
+from trimtab.rl.rollout import refuse_engine
 
 
 @pytest.fixture(scope="module")
@@ -212,16 +216,57 @@ def test_shares_strategies_and_precisions_that_are_not_exact_are_refused():
         refuse_strategy(whole, "adam_mini")
     with pytest.raises(ValueError, match="save_distributed_checkpoint = false"):
         refuse_strategy(ModelParallelStrategy(2, 1), "adamw")
-    with pytest.raises(ValueError, match="FSDP2.*, got FSDPStrategy"):
+    with pytest.raises(ValueError, match=r"FSDP2.*, got FSDPStrategy"):
         refuse_strategy(FSDPStrategy(), "adamw")
     for precision in ("bf16-true", "16-mixed"):
         with pytest.raises(ValueError, match=f"trainer.precision: .* got {precision}"):
             refuse_precision(precision)
 
 
-def test_metrics_of_parts_are_those_of_the_whole():
-    parts = [(1, {"a": 2.0, "x_max": 3.0, "loss": 1.0}), (3, {"a": 6.0, "x_max": 1.0, "loss": 2.0})]
-    assert merge_parts(parts) == {"a": 5.0, "x_max": 3.0, "loss": 3.0}
+def test_metrics_do_not_depend_on_the_parts_of_a_batch(policy_folder):
+    parts = {"pruning": PruningConfig(0.01), "trust_region": TrustRegionConfig("k2", 1e-4, 1e-5)}
+    rollout = {"quantize_bits": 4}
+    found = [
+        train(config_of(Letters(), policy_folder, rollout, micro_prompts=n, **parts), policy_folder)
+        for n in (0, 1, 2)
+    ]
+    (whole, *_), *others = (rows for _, rows in found)
+    assert 0 < whole["trust_region/kept_sequences"] < 1, "the trust region must matter here"
+    for first, *_ in others:
+        names = [name for name in whole if not name.startswith("time/")]
+        assert [first[name] for name in names] == pytest.approx([whole[n] for n in names], rel=1e-3)
+
+
+def test_the_mismatch_is_that_of_the_rollouts_whatever_the_epochs(policy_folder):
+    """Later epochs have drifted from the engine by their own steps; they have other names."""
+    one, two = (
+        train(config_of(Letters(), policy_folder, lr=1e-2, epochs=n), policy_folder)[1][0]
+        for n in (1, 2)
+    )
+    assert two["mismatch/abs_dlogp_max"] == one["mismatch/abs_dlogp_max"] < 1e-5
+    assert two["epoch_2/loss"] != two["loss"] == one["loss"]
+
+
+def test_metrics_of_ranks_are_joined_by_name():
+    found = [{"a": 2.0, "x_max": 3.0, "loss": 1.0, "groups/count": 2.0}, {"a": 6.0, "x_max": 1.0}]
+    assert combined(found) == {"a": 4.0, "x_max": 3.0, "loss": 1.0, "groups/count": 2.0}
+
+
+def test_autocast_of_the_trainer_does_not_reach_the_engine(policy_folder):
+    config = config_of(Letters(), policy_folder)
+    module, _ = train(config, policy_folder)
+    request = [Request([3, 4, 5], Sampling(max_tokens=8, seed=1))]
+    alone = module.engine.generate(request)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.engine.generate(request) == alone
+
+
+def test_an_engine_that_cannot_do_the_recipe_is_refused():
+    refuse_engine(Capabilities(False, False), processed=False, min_p=False)
+    with pytest.raises(ValueError, match="reports raw ones"):
+        refuse_engine(Capabilities(False, True), processed=True, min_p=True)
+    with pytest.raises(ValueError, match="expected min_p"):
+        refuse_engine(Capabilities(True, False), processed=True, min_p=True)
 
 
 def test_stop_tokens_must_exist(policy_folder):

@@ -8,7 +8,13 @@ from tiny_models import VOCAB, causal_lm, keep_norm_dtype
 
 from trimtab.rl.batch import RolloutBatch
 from trimtab.rl.config import PruningConfig, TrustRegionConfig, UpdateConfig
-from trimtab.rl.objective import objective, policy_statistics, token_weights, trusted_rollouts
+from trimtab.rl.objective import (
+    batch_metrics,
+    objective,
+    policy_statistics,
+    token_weights,
+    trusted_rollouts,
+)
 
 TEMPERATURE, MAX_TOKENS = 0.8, 9
 ADVANTAGES = ["token_baseline", "group_mean", "group_std", "leave_one_out"]
@@ -79,17 +85,18 @@ def run(model, batch, old_logp, config, parts):
             stats = policy_statistics(model, part, config, TEMPERATURE)
             keep[rows] = trusted_rollouts(stats, part, config)[0]
     weights, loss = token_weights(batch, config, MAX_TOKENS, None, keep), 0.0
+    done = []
     for rows in parts:
         part = batch.select(rows)
         stats = policy_statistics(model, part, config, TEMPERATURE)
         width = part.mask.shape[1]
-        found, metrics = objective(
-            stats, part, weights[rows][:, :width], old_logp[rows, :width], config
-        )
-        assert not any(x.requires_grad for x in metrics.values())
-        assert all(math.isfinite(float(x)) for x in metrics.values())
-        found.backward()
-        loss += found.item()
+        result = objective(stats, part, weights[rows][:, :width], old_logp[rows, :width], config)
+        result.loss.backward()
+        loss += result.loss.item()
+        done.append((rows, result))
+    metrics = batch_metrics(done, batch, weights, old_logp, config)
+    assert not any(x.requires_grad for x in metrics.values())
+    assert all(math.isfinite(float(x)) for x in metrics.values())
     return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

@@ -1,5 +1,7 @@
 """A killed run goes on to the same weights as an uninterrupted one."""
 
+import json
+import shutil
 import signal
 import time
 
@@ -58,6 +60,26 @@ def test_sigkill_then_resume_gives_the_same_weights(uninterrupted, checkpoint):
         assert whole[weight].equal(resumed[weight]), weight
 
 
+def test_a_run_killed_after_its_last_update_is_finished_by_resume(uninterrupted):
+    """Between the last checkpoint and the end lie the evaluation, the report and the policy."""
+    folder = uninterrupted
+    for missing in (["summary.json", "policy"], ["policy"]):
+        shutil.copytree(folder / "whole", folder / "late", dirs_exist_ok=True)
+        summary = json.loads((folder / "late" / "summary.json").read_text())
+        del summary["updates"]
+        if "summary.json" in missing:
+            del summary["after"]
+        (folder / "late" / "summary.json").write_text(json.dumps(summary))
+        shutil.rmtree(folder / "late" / "policy")
+        run(["--resume", "late"], folder)
+        ends = [json.loads((folder / n / "summary.json").read_text()) for n in ("late", "whole")]
+        for end in ends:
+            del end["after"]["seconds"]
+        assert ends[0] == ends[1]
+        assert metrics_of(folder / "late") == metrics_of(folder / "whole")
+        assert (folder / "late" / "policy" / "model.safetensors").exists()
+
+
 def test_a_truncated_newest_checkpoint_costs_only_its_updates(uninterrupted):
     folder = uninterrupted
     run(
@@ -68,6 +90,8 @@ def test_a_truncated_newest_checkpoint_costs_only_its_updates(uninterrupted):
     output = run(["--config", folder / "recipe.yaml", "--resume", "cut"], folder)
     assert "cannot be read" in output and "after update 8" in output
     assert metrics_of(folder / "cut") == metrics_of(folder / "whole")
+    kept = sorted(path.name for path in (folder / "cut" / "checkpoints").iterdir())
+    assert kept == ["update=000020.ckpt", "update=000024.ckpt"], "old ones are pruned"
 
 
 def test_a_finished_run_is_left_alone_and_more_updates_continue_it(uninterrupted):

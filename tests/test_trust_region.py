@@ -126,7 +126,7 @@ def test_each_statistic_cuts_at_its_threshold():
     assert out[0].tolist() == [False, True]
     metrics = out[1]
     assert metrics["trust_region/rejected_by_mean"].item() == 0.5
-    assert metrics["trust_region/rejected_by_max"].item() == 0
+    assert metrics["trust_region/rejected_by_peak"].item() == 0
 
 
 def test_the_mask_is_for_whole_sequences_and_carries_no_gradient():
