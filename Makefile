@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint report clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(READY)
 	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import logging
 import os
 import re
@@ -20,6 +21,8 @@ import warnings
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 from .explain import explain
 
@@ -70,6 +73,10 @@ def main(argv: list[str] | None = None) -> None:
 
         run = Run(config, trainer_options, resume, text)
         run.prepare()
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("jsonargparse", "rich", "matplotlib", "tensorboard"):
+            raise
+        _refuse(ValueError(f"{missing.name} is not installed; pip install 'trimtab[rl]'"))
     except (ValueError, ArgumentError, OSError) as error:  # OSError names the file it is about
         _refuse(error)
     run.train()  # from here on an error is ours, or the machine's: a traceback is what helps
@@ -134,22 +141,32 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
     try:
         resume = _resume_folder(arguments)
         given = any(a == "--config" or a.startswith("--config=") for a in arguments)
+        if resume is not None:
+            resume = str(Path(resume).resolve())
+            _go_to_where_it_started(Path(resume))
         if resume is not None and not given:
             stored = _checked(str(Path(resume) / "config.yaml"))
             arguments = ["--config", stored, *arguments]
         elif not given and not any(
             re.match(r"-h$|--[\w.]*help\b|--print_config", a) for a in arguments
         ):
-            raise ValueError("--config: expected a recipe (a file or a packaged name), got none")
+            names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+            raise ValueError(
+                f"--config: expected a recipe, a file or a packaged one ({names}), got none; "
+                "--help lists what it may hold"
+            )
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(explain(error, TRAINER_OPTIONS)) from error
-    if parsed.resume != resume:
+    if (parsed.resume is None) != (resume is None):
         raise ValueError("resume: expected on the command line, found in the recipe")
     text = _resolved(parser, parsed)
     if resume is not None:
-        stored_text = (Path(resume) / "config.yaml").read_text(encoding="utf-8")
-        _refuse_changes(stored_text, text)
+        stored = yaml.safe_load((Path(resume) / "config.yaml").read_text(encoding="utf-8"))
+        if not parsed.threads:  # what 0 chose when the run began
+            parsed.threads = stored["threads"]
+            text = _resolved(parser, parsed)
+        _refuse_changes(stored, yaml.safe_load(text))
     try:
         made = parser.instantiate(parsed)
     except (ArgumentError, ValueError) as error:
@@ -178,14 +195,12 @@ def _recipe_path(name: str) -> str:
             raise ValueError(
                 f"--config: no file and no packaged recipe {name!r} (packaged: {names})"
             )
-        return _checked(name)
+        return str(Path(_checked(name)).resolve())
     return str(packaged)
 
 
 def _checked(path: str) -> str:
     """The path of a file that holds YAML keys; the parser would name neither file nor line."""
-    import yaml
-
     try:
         keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -218,13 +233,22 @@ def _resolved(parser: Any, parsed: Any) -> str:
     kept = parsed.clone()
     for own in ("config", "resume"):
         kept.pop(own, None)
-    return parser.dump(kept, skip_validation=True)
+    return parser.dump(kept, skip_validation=True, skip_unset=False)
 
 
-def _refuse_changes(stored: str, now: str) -> None:
-    import yaml
+def _go_to_where_it_started(folder: Path) -> None:
+    """Relative paths and reward modules of a run mean what they meant in its first directory."""
+    record = folder / "environment.json"
+    started_in = json.loads(record.read_text())["started_in"] if record.is_file() else None
+    if started_in is not None and Path(started_in) != Path.cwd():
+        if not Path(started_in).is_dir():
+            raise ValueError(f"--resume: {folder} was started in {started_in}, which is gone")
+        print(f"going to {started_in}, where {folder} was started", flush=True)
+        os.chdir(started_in)
 
-    before, after = _flat(yaml.safe_load(stored)), _flat(yaml.safe_load(now))
+
+def _refuse_changes(stored: Any, now: Any) -> None:
+    before, after = _flat(stored), _flat(now)
     for key in sorted(before.keys() | after.keys()):
         # as text: the command line has '1' where a file has 1
         if str(before.get(key)) != str(after.get(key)) and not key.startswith(FREE_ON_RESUME):
@@ -249,7 +273,8 @@ def _refuse(error: Exception) -> NoReturn:
 def _quieten() -> None:
     """Leaves on the terminal what a person needs; warnings of the libraries below stay in reach."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("trimtab").setLevel(logging.INFO)
     import pytorch_lightning  # noqa: F401 (its import sets its loggers' level)
 
     for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric", "transformers"):

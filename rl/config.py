@@ -124,7 +124,7 @@ class TokenBaselineConfig:
 
 @dataclass(frozen=True)
 class LengthRateConfig:
-    """Length-triggered learning rate (arXiv 2602.01826).
+    """Length-triggered learning rate.
 
     Args:
         warmup: updates whose mean response length is the reference.
@@ -134,6 +134,9 @@ class LengthRateConfig:
         decay: factor of each fall, in (0, 1).
         floor: least factor, in [0, 1].
         mode: `alert` only reports the trigger.
+
+    Source:
+        arXiv 2602.01826; see `trimtab.optim.LengthDetector`.
     """
 
     warmup: int = 50
@@ -267,7 +270,8 @@ class RLConfig:
         update: how the policy is updated.
         evaluation: before and after.
         record: checkpoints and transcripts.
-        threads: CPU threads of torch in each process; 0 uses every core.
+        threads: CPU threads of torch in each process; 0 takes every core, or one if the cores are
+            busy with something else; what it chose stands in the run folder's configuration.
     """
 
     task: Task

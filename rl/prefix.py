@@ -33,8 +33,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 
     Raises:
         ValueError: attention outside transformers' registry (ALiBi among others), rotary embeddings
-            that depend on the current length, layers without full attention, or attention dropout;
-            the message names which.
+            that depend on the current length, layers without full attention, or attention dropout
+            in training mode; the message names which.
     """
     if not model._supports_attention_backend:
         name = type(model).__name__
@@ -51,7 +51,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise ValueError(f"model: expected full attention in every layer, got {sorted(layers)}")
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         raise ValueError(f"model: sliding window of {config.sliding_window} tokens, refused")
-    for name in ("attention_dropout", "attn_pdrop"):
+    for name in ("attention_dropout", "attn_pdrop") if model.training else ():
         if getattr(config, name, 0.0):
             raise ValueError(f"model: {name} is {getattr(config, name)}, expected 0")
 
@@ -82,6 +82,9 @@ def response_logits(
         ValueError: shapes do not match, there is no response, a prompt is empty, a mask row has a
             gap, a response is empty, or the route is unknown; on the packed route also if
             `refuse_unsupported` refuses the model or its attention is neither `sdpa` nor `eager`.
+
+    Source:
+        Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
     """
     lengths = _check(prompts, tokens, mask, group_index)
     attention_mask = position = None

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"
         self.transcripts = path / "transcripts.jsonl"
         self.summary = path / "summary.json"
@@ -58,6 +60,12 @@ class RunFolder:
                 f"run_dir: {path} already holds files; continue that run with --resume {path}, "
                 "or name another folder"
             )
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        try:
+            with tempfile.TemporaryDirectory(dir=there):
+                pass
+        except OSError as error:
+            raise ValueError(f"run_dir: cannot write in {there}: {error.strerror}") from error
         return cls(path)
 
     @classmethod
@@ -243,7 +251,9 @@ class ProgressBar(RichProgressBar):
         """What is shown behind the bar."""
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
-        return {SHOWN.get(name, name): f"{value:.3g}" for name, value in metrics.items()}
+        names = [name for name in SHOWN if name in metrics]
+        names += [name for name in metrics if name not in SHOWN]
+        return {SHOWN.get(name, name): f"{metrics[name]:.3g}" for name in names}
 
 
 class ProgressLines(Callback):
@@ -274,5 +284,7 @@ class ProgressLines(Callback):
             return
         self._last = now
         metrics = trainer.progress_bar_metrics
-        shown = "  ".join(f"{SHOWN.get(n, n)} {v:.3g}" for n, v in metrics.items())
+        names = [name for name in SHOWN if name in metrics]
+        names += [name for name in metrics if name not in SHOWN]
+        shown = "  ".join(f"{SHOWN.get(n, n)} {metrics[n]:.3g}" for n in names)
         print(f"{self.label} {done}/{total}  {shown}", flush=True)

@@ -17,7 +17,8 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -221,9 +222,8 @@ class RewardWorker:
 
 
 def _serve(function: RewardFunction, pipe: Any) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the trainer, which ends this process
+    # Ctrl-C is for the trainer, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe.send("ready")
     while True:
         try:
@@ -234,6 +234,8 @@ def _serve(function: RewardFunction, pipe: Any) -> None:
             result = function(**call)
             if inspect.isawaitable(result):
                 raise TypeError("asynchronous reward functions are not supported")
+            if isinstance(result, str | bytes) or not isinstance(result, Iterable):
+                raise TypeError(f"expected a list of one number or None, got {result!r:.60}")
             (reward,) = result
             if reward is None:
                 answer = ("none", None)
@@ -242,5 +244,7 @@ def _serve(function: RewardFunction, pipe: Any) -> None:
             else:
                 answer = ("error", f"the reward is {reward}")
         except Exception as error:
-            answer = ("error", f"{type(error).__name__}: {str(error)[:500]}")
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{where.filename}:{where.lineno}"
+            answer = ("error", f"{place}: {type(error).__name__}: {str(error)[:500]}")
         pipe.send(answer)

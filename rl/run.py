@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -23,6 +24,7 @@ from .config import PolicyConfig, RLConfig
 from .data import ProblemData
 from .evaluation import evaluate
 from .loop import RLModule
+from .machine import environment, fastest_threads
 from .prefix import refuse_unsupported
 from .ranks import check_shares, refuse_precision, refuse_strategy
 from .recording import (
@@ -74,6 +76,9 @@ class Run:
         self.resuming = resume is not None
         self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
         self.updates_done = 0 if self.checkpoint is None else updates_of(self.checkpoint)
+        self.complete = self.updates_done >= config.updates and self.folder.finished(
+            self.updates_done
+        )
         self.trainer = self._trainer(dict(trainer_options))
         refuse_strategy(self.trainer.strategy, self.config.update.optimizer)
         refuse_precision(self.trainer.precision)
@@ -89,11 +94,17 @@ class Run:
                 checkpoint does not fit.
         """
         config = self.config
-        torch.set_num_threads(
-            config.threads or max(1, (os.cpu_count() or 1) // self.trainer.num_devices)
-        )
+        if self.complete:
+            return
+        cores = (os.cpu_count() or 1) // max(1, self.trainer.num_devices)
+        threads = config.threads or fastest_threads(cores)
+        torch.set_num_threads(threads)
+        stored = yaml.safe_load(self.text) | {"threads": threads}
+        stored["trainer"] |= {"max_steps": -1, "max_time": None}  # limits of this start only
+        self.text = yaml.safe_dump(stored, sort_keys=False)
         policy, tokenizer = load_policy(config.policy, config.task)
         refuse_unsupported(policy)
+        refuse_tokenizer(tokenizer, policy, config)
         self.module = RLModule(config, policy, tokenizer, config.task)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
         if self.checkpoint is not None:
@@ -102,7 +113,7 @@ class Run:
     def train(self) -> None:
         """Trains to the end, and leaves the report."""
         config, folder = self.config, self.folder
-        if self.updates_done >= config.updates and folder.finished(self.updates_done):
+        if self.complete:
             print(f"{folder.path} is complete: {self.updates_done} updates. --updates raises them.")
             return
         if rank_zero_only.rank == 0:
@@ -111,17 +122,25 @@ class Run:
             elif self.resuming:
                 print(f"{folder.path} has no whole checkpoint: from its beginning", flush=True)
             folder.path.mkdir(parents=True, exist_ok=True)
+            if not self.resuming:
+                print(f"run folder: {folder.path}", flush=True)
+                replace_text(folder.environment, json.dumps(environment(), indent=1))
             replace_text(folder.config, self.text)
             folder.forget_after(self.updates_done)
             for newer in folder.checkpoints.glob("update=*.ckpt"):
                 if newer > folder.checkpoint(self.updates_done):
                     newer.unlink()  # it could not be read
-        self.trainer.fit(
-            self.module,
-            ProblemData(config.rollout.prompts, config.updates),
-            ckpt_path=self.checkpoint,
-            weights_only=True,
-        )
+        try:
+            self.trainer.fit(
+                self.module,
+                ProblemData(config.rollout.prompts, config.updates),
+                ckpt_path=self.checkpoint,
+                weights_only=True,
+            )
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
+            if rank_zero_only.rank == 0:
+                print(f"interrupted: trimtab-rl --resume {folder.path} goes on", flush=True)
+            raise SystemExit(130) from None
         # where max_steps or max_time stopped the run, or for a continuation with more updates
         self.checkpoints.save(self.trainer, self.module)
         weights = dict(full_parameters(self.module.policy))  # all ranks, if it is sharded
@@ -193,6 +212,8 @@ class Run:
         summary["updates"] = module.updates_done  # last: it says that the run is finished
         replace_text(folder.summary, json.dumps(summary, indent=1))
         print_table(summary, folder.path)
+        if module.skipped_updates >= module.updates_done:
+            print("WARNING: nothing was trained: every update was skipped (why, stands above)")
 
 
 class CheckpointWriter(Checkpoint):
@@ -250,12 +271,43 @@ class HeldOutEvaluation(Callback):
         if not module.config.evaluation.problems:
             return
         started = time.time()
+        if rank_zero_only.rank == 0:
+            problems = module.config.evaluation.problems
+            print(f"evaluating {problems} held-out problems ({when})", flush=True)
         result = evaluate(module, module.engine, module.updates_done).as_dict()
         result["seconds"] = time.time() - started
         if rank_zero_only.rank == 0:
             path = self.folder.summary
             summary = json.loads(path.read_text()) if path.is_file() else {}
             replace_text(path, json.dumps(summary | {when: result}, indent=1))
+
+
+def refuse_tokenizer(tokenizer: Any, policy: PreTrainedModel, config: RLConfig) -> None:
+    """Raises unless the tokenizer turns the first prompt into ids that the policy can take.
+
+    Args:
+        tokenizer: of the policy's folder.
+        policy: causal LM.
+        config: gives the task and the longest rollout.
+
+    Raises:
+        ValueError: no ids, an id beyond the vocabulary, or more positions than the model has.
+    """
+    prompt = config.task.problem("train", 0).prompt
+    ids = tokenizer.encode(prompt)
+    size = policy.get_input_embeddings().num_embeddings
+    if not ids or max(ids) >= size:
+        raise ValueError(
+            f"policy: expected a tokenizer whose ids are below {size}, its tokenizer makes "
+            f"{ids[:8]} of the prompt {prompt[:40]!r}; is it saved in the model's folder?"
+        )
+    positions = getattr(policy.config, "max_position_embeddings", None)
+    longest = len(ids) + config.rollout.max_tokens
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"rollout.max_tokens: prompt and rollout take {longest} positions, the model has "
+            f"{positions}"
+        )
 
 
 def check_policy_folder(path: str) -> None:
@@ -287,7 +339,10 @@ def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]
     if config.warmup is not None:
         if not hasattr(task, "document"):
             raise ValueError(f"policy.warmup: {type(task).__name__} has no documents to learn from")
-        path = warm_up(task, config.warmup, [progress_display("warm-up")])
+        try:
+            path = warm_up(task, config.warmup, [progress_display("warm-up")])
+        except OSError as error:
+            raise ValueError(f"policy.warmup.cache_dir: cannot use it: {error}") from error
     else:
         path = Path(config.path)
     try:

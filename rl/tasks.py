@@ -207,7 +207,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"path: expected a JSON-lines file, {path} does not exist")
     rows: list[dict[str, Any]] = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(_row(line, f"{path}:{number}"))
@@ -222,7 +222,9 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+        raise ValueError(
+            f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line"
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
     prompt = row.get("prompt")

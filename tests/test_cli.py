@@ -9,6 +9,7 @@ import typing
 import pytest
 import torch
 import yaml
+from tiny_run import write_recipe
 
 from trimtab.rl import RLConfig
 from trimtab.rl.cli import RECIPES, main, make_parser, parse
@@ -143,7 +144,7 @@ def test_wrong_value(refusal, here, key, value, line):
 
 
 def test_recipe_that_cannot_be_read(refusal, here):
-    assert refusal() == "--config: expected a recipe (a file or a packaged name), got none"
+    assert refusal().startswith("--config: expected a recipe, a file or a packaged one (chain_sum")
     assert refusal("--config", "nowhere.yaml").startswith(
         "--config: no file and no packaged recipe 'nowhere.yaml'"
     )
@@ -274,7 +275,7 @@ def test_resume(refusal, here):
     line = refusal("--resume", "run", "--update.pruning.rho=0.1")
     assert line.startswith("--resume: update.pruning") and "was" in line and "got" in line
     (run / "config.yaml").write_text("update: [\n")
-    assert re.match(r"run/config\.yaml:\d: not YAML", refusal("--resume", "run"))
+    assert re.search(r"run/config\.yaml:\d: not YAML", refusal("--resume", "run"))
 
 
 def test_what_may_change_on_resume(here):
@@ -288,7 +289,7 @@ def test_what_may_change_on_resume(here):
         "--trainer.max_time=00:01:00:00",
     ]
     config, trainer, resume, _ = parse(make_parser(), ["--resume", "run", *free])
-    assert (config.updates, config.record.transcripts, resume) == (9, 1, "run")
+    assert (config.updates, config.record.transcripts, resume) == (9, 1, str(run))
     assert config.rollout.prompts == 2 and trainer["devices"] in (1, "1")
 
 
@@ -407,6 +408,33 @@ def test_console_script_in_a_process_of_its_own(here):
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == "" and list(here.iterdir()) == []
     assert done.stderr == f"trimtab-rl: error: {did_you_mean('updats', 'updates')}\n"
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "tiny-policy" / name).unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(recipe), "--run_dir", "out"])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and "tokenizer" in line and not (tmp_path / "out").exists()
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--config", str(recipe), "--rollout.max_tokens", "100000"])
+    assert "rollout.max_tokens: prompt and rollout take" in capsys.readouterr().err
+
+
+def test_a_run_dir_that_cannot_be_made_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["--config", str(recipe), "--run_dir", "/proc/nowhere/run"])
+    assert "run_dir: cannot write in /proc" in capsys.readouterr().err
 
 
 # Edits to rl/cli.py that must turn this file red:

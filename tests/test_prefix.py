@@ -203,8 +203,8 @@ GEMMA = dict(
     ("make", "reason"),
     {
         "rope": (lambda: causal_lm(rope_parameters=DYNAMIC), "rope type 'dynamic'"),
-        "dropout": (lambda: causal_lm(attention_dropout=0.1), "attention_dropout is 0.1"),
-        "pdrop": (lambda: causal_lm("gpt2", attn_pdrop=0.1), "attn_pdrop is 0.1"),
+        "dropout": (lambda: causal_lm(attention_dropout=0.1).train(), "attention_dropout is 0.1"),
+        "pdrop": (lambda: causal_lm("gpt2", attn_pdrop=0.1).train(), "attn_pdrop is 0.1"),
         "layers": (lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA)), "sliding_attention"),
         "window": (lambda: causal_lm(sliding_window=4), "sliding window of 4"),
         "alibi": (lambda: MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=1)),

@@ -80,6 +80,29 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(uninterrupted)
         assert (folder / "late" / "policy" / "model.safetensors").exists()
 
 
+def test_resume_works_from_another_directory(uninterrupted, tmp_path):
+    """Relative paths of the recipe mean what they meant where the run was started."""
+    folder = uninterrupted
+    run(["--config", "recipe.yaml", "--run_dir", "moved", "--trainer.max_steps", "5"], folder)
+    output = run(["--resume", folder / "moved"], tmp_path)
+    assert f"going to {folder}" in output and not list(tmp_path.iterdir())
+    assert "complete" in run(["--resume", folder / "moved"], tmp_path)
+
+
+def test_an_interrupted_run_says_how_to_go_on(uninterrupted):
+    folder = uninterrupted
+    process = start(["--config", folder / "recipe.yaml", "--run_dir", "stop"], folder)
+    while not (folder / "stop" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output
+    assert "run folder: stop" in output and "--resume stop goes on" in output
+    run(["--resume", folder / "stop"], folder)
+    assert metrics_of(folder / "stop") == metrics_of(folder / "whole")
+
+
 def test_a_truncated_newest_checkpoint_costs_only_its_updates(uninterrupted):
     folder = uninterrupted
     run(

@@ -298,10 +298,9 @@ def test_requests_are_checked():
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "dynamic",
         ),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ],
-    ids=["rope", "dropout", "layers"],
+    ids=["rope", "layers"],
 )
 def test_refused_models(changes, reason):
     with pytest.raises(ValueError, match=reason):
