@@ -20,6 +20,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -60,9 +62,11 @@ def run(seed: int) -> dict:
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         if seed == 0:
             shutil.copy(Path(folder, "run", "report.png"), RESULTS / "demo_seed0.png")
+        threads = yaml.safe_load(Path(folder, "run", "config.yaml").read_text())["threads"]
         (recipe,) = Path(folder, "cache").glob("base-*/recipe.json")
         warmup_seconds = json.loads(recipe.read_text())["seconds"]
-    return {"seed": seed, **summary, "warmup_seconds": warmup_seconds, "total_seconds": total}
+    seconds = {"warmup_seconds": warmup_seconds, "total_seconds": total}
+    return {"seed": seed, "threads": threads, **summary, **seconds}
 
 
 def cpu_name() -> str:
