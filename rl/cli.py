@@ -63,6 +63,10 @@ def main(argv: list[str] | None = None) -> None:
         argv: arguments; None takes the process's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        # Lightning starts the other ranks with this command line, in the directory this one is in
+        # by then (see _go_to_where_it_started): relative paths mean what they meant here.
+        os.chdir(os.environ.setdefault("TRIMTAB_CALLED_IN", os.getcwd()))
     _quieten()
     try:
         if arguments[:1] == ["report"]:

@@ -7,6 +7,7 @@ sample what one would.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -88,7 +89,7 @@ class RLModule(pl.LightningModule):
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Refuses what would not be exact, before anything is written."""
+        """Refuses what would not be exact, also for those who use the module without `Run`."""
         refuse_strategy(self.trainer.strategy, self.config.update.optimizer)
         refuse_precision(self.trainer.precision)
         check_shares(self.config.rollout.prompts, self.trainer.world_size)
@@ -118,14 +119,8 @@ class RLModule(pl.LightningModule):
         schedule = LengthTriggeredLR(
             optimizer,
             base,
-            warmup=update.length_rate.warmup,
-            ratio=update.length_rate.ratio,
-            smoothing=update.length_rate.smoothing,
-            period_factor=update.length_rate.period_factor,
-            decay=update.length_rate.decay,
-            floor=update.length_rate.floor,
-            mode=update.length_rate.mode,
             max_length=self.config.rollout.max_tokens,
+            **dataclasses.asdict(update.length_rate),
         )
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 

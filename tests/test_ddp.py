@@ -69,7 +69,10 @@ def test_two_processes_resume_to_the_same_weights(folder, strategy):
     stopped = folder / f"{strategy}-stopped"
     recipe = ["--config", folder / "recipe.yaml"]
     run([*recipe, "--run_dir", stopped, "--trainer.max_steps", "2", *arguments], folder)
-    run([*recipe, "--resume", stopped, *arguments], folder)
+    elsewhere = folder / "elsewhere"  # relative paths, from another directory, for every rank
+    elsewhere.mkdir(exist_ok=True)
+    recipe = ["--config", "../recipe.yaml"]
+    run([*recipe, "--resume", f"../{stopped.name}", *arguments], elsewhere)
     assert metrics_of(stopped) == metrics_of(folder / strategy)
     whole, resumed = (
         load_file(path / "policy" / "model.safetensors") for path in (folder / strategy, stopped)
