@@ -13,7 +13,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "==> running the test suite"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	@echo "==> running the slow tests"

@@ -38,7 +38,7 @@ class AdamMiniCallback(Callback):
     Checkpoints hold its state and its blocks; resuming with other blocks is refused.
 
     Args:
-        preset: "rows" or "paper", see `infer_blocks`.
+        preset: "rows", "paper" or "snr", see `infer_blocks`.
         betas: replaces the groups' betas; None keeps them (AdamMini's default if they have none).
         eps: likewise.
         strict: refuse parameters of unknown role, see `infer_blocks`.
@@ -94,6 +94,7 @@ class AdamMiniCallback(Callback):
         for group in optimizer.param_groups:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
             group.update({key: value for key, value in chosen.items() if value is not None})
+            group.update(fused=None, foreach=None)  # the old optimizer's choice says nothing here
         # The constructor keeps the very dicts, so whoever holds on to one still sets the lr in use.
         new = AdamMini(optimizer.param_groups, blocks=self.blocks)
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):

@@ -1,8 +1,14 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers, learning-rate schedules, and what helps to choose blocks."""
 
-from .adam_mini import AdamMini, AdamMiniState, adam_mini_reference, adam_mini_update
-from .blocks import BlockEntry, BlockLayout, BlockMap, geometric_layout, infer_blocks
+from .adam_mini import AdamMini, AdamMiniState, adam_mini_reference
+from .block_stats import BlockStats, block_stats
+from .blocks import infer_blocks
+from .conversion import from_adamw_state, from_authors_state, to_adamw_state
+from .heterogeneity import BlockSpectra, BlockSpectrum, Heterogeneity
+from .layouts import BlockEntry, BlockLayout, BlockMap, geometric_layout
 from .lr_scheduler import LengthDetector, LengthTriggeredLR
+from .sharding import flat_shards, parameter_layouts
+from .spectrum import hessian_spectrum
 
 __all__ = [
     "AdamMini",
@@ -10,10 +16,20 @@ __all__ = [
     "BlockEntry",
     "BlockLayout",
     "BlockMap",
+    "BlockSpectra",
+    "BlockSpectrum",
+    "BlockStats",
+    "Heterogeneity",
     "LengthDetector",
     "LengthTriggeredLR",
     "adam_mini_reference",
-    "adam_mini_update",
+    "block_stats",
+    "flat_shards",
+    "from_adamw_state",
+    "from_authors_state",
     "geometric_layout",
+    "hessian_spectrum",
     "infer_blocks",
+    "parameter_layouts",
+    "to_adamw_state",
 ]

@@ -1,27 +1,43 @@
 """AdamW with one second moment per block of a parameter instead of one per entry.
 
-For parameter p with gradient g at step t, and every block b of p (see blocks.py):
+For parameter p with gradient g at step t, and every block b of p (see layouts.py):
     m   <- beta1 * m + (1 - beta1) * g                        one per entry
     v_b <- beta2 * v_b + (1 - beta2) * mean(g_b * g_b)        one per block
     p   <- p * (1 - lr * weight_decay)
     p_b <- p_b - lr / (1 - beta1^t) * m_b / (sqrt(v_b / (1 - beta2^t)) + eps)
 
-State: 4 bytes an entry and 4 bytes a block, where AdamW keeps 8 bytes an entry (fp32; twice that
-for float64).
-Cost: this plain PyTorch form works on one parameter at a time, with a temporary of its size in fp32
-(up to three of them if elementwise, and one more for `maximize`).
+State: 4 bytes an entry (2 with bf16 momentum) and 4 bytes a block, where AdamW keeps 8 bytes an
+entry. A step needs no memory of the size of a parameter beside it.
 
 Source: arXiv 2406.16793, the update rule.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .blocks import BlockLayout, BlockMap, Preset, geometric_layout, infer_blocks
+from ..triton_kernels.adam_mini import rounding_key
+from .blocks import Preset, infer_blocks
+from .layouts import BlockLayout, BlockMap, geometric_layout
+from .pieces import Plan, Shard, make_plan
+from .sharding import (
+    block_name,
+    cut_of,
+    dtensor_shard,
+    flat_shards,
+    is_cut_by_megatron,
+    is_dtensor,
+    is_flattened,
+    local_part,
+    moment_placements,
+    second_moments,
+)
+from .update import Numbering, Update
+from .update import step as update_all
 
 
 class AdamMiniState(NamedTuple):
@@ -71,60 +87,23 @@ def adam_mini_reference(
     return AdamMiniState(decayed - moved, m, v)
 
 
-def adam_mini_update(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    layout: BlockLayout,
-    *,
-    step: float,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One Adam-mini step, in place on `param`, `exp_avg` and `exp_avg_sq`.
+@dataclass(frozen=True)
+class _Place:
+    """What is known of a parameter before its first gradient."""
 
-    Everything is computed in the dtype of `exp_avg`; a parameter of lower precision is rounded
-    once, at the end.
-
-    Args:
-        param: `layout.shape`, any floating dtype.
-        grad: `layout.shape`, any floating dtype; not changed.
-        exp_avg: `layout.shape`, fp32 (float64 for a float64 parameter).
-        exp_avg_sq: `layout.state_shape`, dtype of `exp_avg`.
-        layout: the blocks of `param`.
-        step: t, 1 for the first step.
-        lr: a float, or a tensor of 0 dimensions.
-        betas, eps, weight_decay: as in AdamMini.
-
-    Source: arXiv 2406.16793, the update rule.
-    """
-    if param.numel() == 0:  # the mean of an empty block is NaN
-        return
-    beta1, beta2 = betas
-    g = grad.to(exp_avg.dtype)  # before squaring: the square of an fp16 gradient overflows in fp16
-    exp_avg.lerp_(g, 1 - beta1)
-    squares = g.square() if g is grad else g.square_()
-    exp_avg_sq.mul_(beta2).add_(layout.mean(squares), alpha=1 - beta2)
-    del g, squares
-    # One factor per block, so that the parameter is read and written once.
-    denominator = exp_avg_sq.div(1 - beta2**step).sqrt_().add_(eps)
-    scale = layout.broadcastable(-lr / (1 - beta1**step) / denominator)
-    p = param.to(exp_avg.dtype)
-    p.mul_(1 - lr * weight_decay).addcmul_(exp_avg, scale)
-    if p is not param:
-        param.copy_(p)
+    name: str
+    number: int  # among all parameters of the optimizer
+    layout: BlockLayout
+    plan: Plan
 
 
 class AdamMini(Optimizer):
     """AdamW with one second moment per block of a parameter: half of AdamW's state.
 
     A parameter without a gradient is skipped, and NaN gradients are not hidden. The state of each
-    parameter is `exp_avg` (its shape), `exp_avg_sq` (one number per block; its shape if
-    elementwise) and `step`; moments are fp32, also for fp16 and bf16 parameters, and float64 for
-    float64 parameters.
+    parameter is `exp_avg` (its shape), `exp_avg_sq` (`layout.state_shape`) and `step`; second
+    moments are fp32, also for fp16 and bf16 parameters, and float64 for float64 parameters.
+    DTensors (FSDP2, tensor parallelism) are updated shard by shard with the means of whole blocks.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts, as for every torch optimizer.
@@ -132,14 +111,31 @@ class AdamMini(Optimizer):
         betas: decay rates of the two moments, each in [0, 1).
         eps: at least 0; added after the bias-corrected root, as in AdamW.
         weight_decay: at least 0; decoupled, as in AdamW.
-        blocks: layouts by parameter name, which needs named parameters; None cuts by shape alone:
-            by row from 2 dimensions on, else elementwise.
+        blocks: a BlockMap, which needs named parameters, or layouts by parameter; None cuts by
+            shape alone: by row from 2 dimensions on, else elementwise.
+        fused: True for the Triton kernels (CUDA) or the native code (CPU, compiled when first
+            needed), an error where they cannot run; None uses them where they can, and says once
+            why they cannot; False is PyTorch alone.
+        foreach: PyTorch alone, on all tensors together (True) or one at a time (False).
         maximize: ascend instead of descend.
+        capturable: hyper-parameters and step counts stay on the device, so that a CUDA graph can
+            record the step.
+        momentum_dtype: dtype of `exp_avg`; torch.bfloat16 is rounded stochastically. None for fp32,
+            float64 for float64 parameters.
+        stochastic_rounding: round bf16 parameters stochastically instead of to the nearest.
+        seed: of stochastic rounding; with the step and the position of an entry it decides every
+            rounding, so a resumed or sharded run rounds alike.
+        max_grad_norm: clip the gradients to this norm, over all parameters and ranks, within the
+            step; `.grad` is not changed. `.grad_norm` has the norm before clipping.
+        error_if_nonfinite: refuse a NaN or infinite norm of the gradients (waits for the device).
+        amp_scaling: divide by the scale of a GradScaler within the step instead of before it; hosts
+            that clip scaled gradients themselves (Lightning) refuse such optimizers.
+        shards: where flat shards lie in their parameters (FSDP1), see `flat_shards`.
 
     Raises:
-        ValueError: an argument out of range; with `blocks`, parameters without names, a name that
-            is not in it, or a shape that does not fit; parameters that are complex, not floating,
-            sparse or DTensors (no sharding yet).
+        ValueError: an argument out of range; with a BlockMap, parameters without names, a name that
+            is not in it, or a shape that does not fit; parameters that are complex, not floating
+            or sparse, that are partial sums (DTensor), or flattened by FSDP1 and not in `shards`.
 
     Source: arXiv 2406.16793, the update rule. Differs from the paper: blocks come from modules and
         shapes, the default is by row, and norms and biases are elementwise.
@@ -153,17 +149,56 @@ class AdamMini(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        blocks: BlockMap | None = None,
+        blocks: BlockMap | Mapping[Tensor, BlockLayout] | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        error_if_nonfinite: bool = False,
+        amp_scaling: bool = False,
+        shards: Mapping[Tensor, Shard] | None = None,
     ) -> None:
+        if momentum_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                "momentum_dtype: expected torch.float32, torch.bfloat16 or None, found "
+                f"{momentum_dtype}"
+            )
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected more than 0, found {max_grad_norm}")
+        if capturable and error_if_nonfinite:
+            raise ValueError(
+                "error_if_nonfinite: expected False with capturable=True, found True: a CUDA graph "
+                "cannot raise"
+            )
+        if shards and (capturable or amp_scaling):
+            raise ValueError(
+                "capturable, amp_scaling: expected False with shards, as ranks have to agree on "
+                f"which gradients there are, found {capturable} and {amp_scaling}"
+            )
         self.blocks = blocks
-        self._layouts: dict[Tensor, BlockLayout] = {}
+        self.shards = shards
+        self.momentum_dtype = momentum_dtype
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self.max_grad_norm = max_grad_norm
+        self.error_if_nonfinite = error_if_nonfinite
+        self.grad_norm: Tensor | None = None
+        self._step_supports_amp_scaling = amp_scaling  # read by torch.amp.GradScaler
+        self._places: dict[Tensor, _Place] = {}
+        self._cache: dict[Any, Numbering] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "fused": fused,
         }
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -180,15 +215,16 @@ class AdamMini(Optimizer):
         preset: Preset = "rows",
         strict: bool = False,
         no_decay_1d: bool = True,
-        maximize: bool = False,
+        **options: Any,
     ) -> "AdamMini":
         """An AdamMini for a model's trainable parameters, with blocks read from its modules.
 
         Args:
             model: any module; parameters that require a gradient are grouped by their decay.
-            lr, betas, eps, weight_decay, maximize: as in AdamMini.
+            lr, betas, eps, weight_decay: as in AdamMini.
             preset, strict: as in `infer_blocks`.
             no_decay_1d: no weight decay for parameters below 2 dimensions (norms, biases, scalars).
+            options: any other argument of AdamMini; `blocks` replaces what `infer_blocks` says.
 
         Returns:
             The optimizer; its map of blocks is `.blocks`.
@@ -199,7 +235,11 @@ class AdamMini(Optimizer):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: expected parameters that require a gradient, found none")
-        exempt = [no_decay_1d and p.ndim < 2 for _, p in named]
+        if options.get("shards") is None and any(is_flattened(p) for _, p in named):
+            options["shards"] = flat_shards(model)
+        shards = options.get("shards") or {}
+        shapes = [shards[p].shape if p in shards else p.shape for _, p in named]
+        exempt = [no_decay_1d and len(shape) < 2 for shape in shapes]
         groups = [
             {"params": [pair for pair, free in zip(named, exempt, strict=True) if not free]},
             {
@@ -208,8 +248,14 @@ class AdamMini(Optimizer):
             },
         ]
         groups = [group for group in groups if group["params"]]
-        blocks = infer_blocks(model, preset, strict=strict)
-        return cls(groups, lr, betas, eps, weight_decay, blocks=blocks, maximize=maximize)
+        if options.get("blocks") is None:
+            if any(is_flattened(p) for _, p in named):
+                raise ValueError(
+                    "blocks: expected infer_blocks(model) from before FSDP1 wrapped the model, or "
+                    "from within summon_full_params, found none"
+                )
+            options["blocks"] = infer_blocks(model, preset, strict=strict)
+        return cls(groups, lr, betas, eps, weight_decay, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as in every torch optimizer.
@@ -222,31 +268,59 @@ class AdamMini(Optimizer):
         """
         if isinstance(param_group, dict):
             _check_hyperparameters({**self.defaults, **param_group})
+            if not param_group.keys().isdisjoint(("blocks", "max_grad_norm", "error_if_nonfinite")):
+                raise ValueError(
+                    "params: expected groups without options of the whole optimizer, found "
+                    f"{sorted(param_group)}; ZeroRedundancyOptimizer needs "
+                    "functools.partial(AdamMini, blocks=...), and clipping by clip_grad_norm_"
+                )
         super().add_param_group(param_group)
         try:
-            self._layouts.update(self._group_layouts(param_group))
+            self._places.update(self._group_places(param_group))
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _group_layouts(self, group: dict[str, Any]) -> dict[Tensor, BlockLayout]:
+    def _group_places(self, group: dict[str, Any]) -> dict[Tensor, _Place]:
         names = group.get("param_names")
-        if self.blocks is not None and names is None:
+        by_name = self.blocks is not None and all(isinstance(key, str) for key in self.blocks)
+        if by_name and names is None:
             raise ValueError(
                 "blocks: expected named parameters (model.named_parameters()), found no names"
             )
-        layouts = {}
+        places = {}
         for i, param in enumerate(group["params"]):
             name = names[i] if names else f"number {i} of its group"
             _check_parameter(name, param)
+            shard = dtensor_shard(param) if is_dtensor(param) else (self.shards or {}).get(param)
+            if shard is None and is_flattened(param):
+                raise ValueError(
+                    f"shards: expected the place of parameter {name!r}, which FSDP1 has flattened, "
+                    "found none; pass shards=flat_shards(model), with use_orig_params=True"
+                )
+            whole = torch.empty(shard.shape, device="meta") if shard else param
             if self.blocks is None:
-                layouts[param] = geometric_layout(param)
-                continue
-            if name not in self.blocks:
-                raise ValueError(f"blocks: expected an entry for parameter {name!r}, found none")
-            layouts[param] = self.blocks[name].layout
-            layouts[param].validate(name, param)
-        return layouts
+                layout = geometric_layout(whole)
+            else:
+                key = block_name(name, self.blocks) if by_name else param
+                if key not in self.blocks:
+                    raise ValueError(
+                        f"blocks: expected an entry for parameter {name!r}, found none"
+                    )
+                entry = self.blocks[key]
+                layout = entry if isinstance(entry, BlockLayout) else entry.layout
+            layout.validate(name, whole)
+            if shard is None and is_cut_by_megatron(param, layout):
+                raise ValueError(
+                    f"parameter {name!r}: expected whole blocks ({layout.rule}), found them cut "
+                    "over Megatron's tensor-parallel ranks, which this version does not add up; "
+                    "use elementwise blocks for it: blocks.edited({...})"
+                )
+            number = len(self._places) + len(places)
+            with torch.device("cpu"):  # whatever the default device is
+                plan = make_plan(layout, shard)
+            places[param] = _Place(name, number, layout, plan)
+        return places
 
     def layout(self, param: Tensor) -> BlockLayout:
         """The blocks of one of this optimizer's parameters.
@@ -260,15 +334,18 @@ class AdamMini(Optimizer):
         Raises:
             ValueError: `param` is in no group.
         """
-        if param not in self._layouts:  # a host has put other parameters into the groups
-            for group in self.param_groups:
-                if any(p is param for p in group["params"]):
-                    self._layouts.update(self._group_layouts(group))
-        if param not in self._layouts:
+        return self._place(param).layout
+
+    def _place(self, param: Tensor) -> _Place:
+        if param not in self._places:  # of a copied optimizer, or put into the groups by a host
+            for group in self.param_groups:  # all of them: numbers follow the order of the groups
+                if any(p not in self._places for p in group["params"]):
+                    self._places.update(self._group_places(group))
+        if param not in self._places:
             raise ValueError(
                 f"param: expected a parameter of this optimizer, found {tuple(param.shape)}"
             )
-        return self._layouts[param]
+        return self._places[param]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -281,51 +358,162 @@ class AdamMini(Optimizer):
             What `closure` returned, else None.
 
         Raises:
-            ValueError: a gradient is sparse or a DTensor; nothing has been updated then.
+            ValueError: a gradient is sparse, or is not sharded as its parameter; gradients that
+                are not finite, under `error_if_nonfinite`. Nothing has been updated then.
         """
+        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Set by a GradScaler under `amp_scaling`: what to divide by, and whether to skip the step.
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if found_inf is not None and not self.defaults["capturable"] and bool(found_inf):
+            return loss
         work = [
-            (group, param, self.layout(param))
+            (group, [param for param in dict.fromkeys(group["params"]) if self._takes_part(param)])
             for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
         ]
-        for _, param, _ in work:
-            _check_gradient(param)
-        for group, param, layout in work:
-            self._update(group, param, layout)
+        for _, params in work:
+            for param in params:
+                place = self._place(param)
+                if place.plan.flat and param.numel() != place.plan.n_entries:
+                    raise ValueError(
+                        f"parameter {place.name!r}: expected the {place.plan.n_entries} entries of "
+                        f"its shard, found {param.numel()}: step outside summon_full_params"
+                    )
+                if param.grad is not None:
+                    _check_gradient(place.name, param)
+        updates: list[Update] = []
+        states: dict[Tensor, dict[str, Tensor]] = {}
+        for group, params in work:
+            # no mean of an empty block
+            params = [param for param in params if 0 not in self._place(param).layout.shape]
+            mine = [self.state.get(param) or self._new_state(group, param) for param in params]
+            states.update(zip(params, mine, strict=True))
+            updates += self._updates(group, params, mine, scale, found_inf)
+        self.grad_norm = update_all(
+            updates,
+            self._cache,
+            round_params=self.stochastic_rounding,
+            max_grad_norm=self.max_grad_norm,
+            error_if_nonfinite=self.error_if_nonfinite,
+        )
+        for update, (param, state) in zip(updates, states.items(), strict=True):
+            if update.plan.flat and not update.param.numel():
+                continue
+            if param.grad is None and not update.present:
+                continue
+            if update.param.data_ptr() != local_part(param).data_ptr():  # it was strided
+                local_part(param).copy_(update.param)
+            if isinstance(update.hyper, Tensor):  # a CUDA graph counts in the memory it recorded
+                state["step"].copy_(update.step)
+            else:  # Megatron's loader puts one shared tensor into every state
+                state["step"] = update.step
+            self.state[param] = state
+        self._trim_cache()
         return loss
 
-    def _update(self, group: dict[str, Any], param: Tensor, layout: BlockLayout) -> None:
-        state = self.state[param]
-        if not state:
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(
-                param, dtype=dtype, memory_format=torch.preserve_format
+    def _trim_cache(self) -> None:
+        """Keeps sets of gradients that differ from step to step (experts) from filling memory."""
+        if len(self._cache) > 8:
+            pieces = (piece for place in self._places.values() for piece in place.plan.pieces)
+            held = sum(numbering.n_units for numbering in self._cache.values())
+            if held > 8 * sum(piece.n_units for piece in pieces):
+                self._cache.clear()
+
+    def _takes_part(self, param: Tensor) -> bool:
+        """Flat shards without a gradient do, even empty ones: other ranks may have the gradient."""
+        if param.grad is not None:
+            return True
+        plan = self._place(param).plan
+        return plan.flat and bool(plan.groups) and param.requires_grad
+
+    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        place, dtype = self._place(param), torch.promote_types(param.dtype, torch.float32)
+        v = torch.zeros(place.plan.state_shape, dtype=dtype, device=param.device)
+        return {
+            "step": torch.zeros(
+                (), dtype=torch.float32, device=param.device if group["capturable"] else "cpu"
+            ),
+            "exp_avg": torch.zeros_like(
+                param,
+                dtype=self._momentum_dtype(param),
+                memory_format=torch.contiguous_format,
+            ),
+            "exp_avg_sq": second_moments(param, place.layout, v) if is_dtensor(param) else v,
+        }
+
+    def _momentum_dtype(self, param: Tensor) -> torch.dtype:
+        return self.momentum_dtype or torch.promote_types(param.dtype, torch.float32)
+
+    def _updates(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        states: list[dict[str, Tensor]],
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> list[Update]:
+        if not params:
+            return []
+        places = [self._place(param) for param in params]
+        numbers = [place.number for place in places]
+        rounds = self.stochastic_rounding or self.momentum_dtype == torch.bfloat16
+        if group["capturable"]:
+            taken = 1 if found_inf is None else 1 - found_inf.reshape(())
+            t = torch.stack([state["step"] for state in states]) + taken
+            steps = t.unbind()
+            hyper = _hyper_on_device(group, t, scale, found_inf)
+            keys = [0] * len(params)
+            if rounds:
+                numbers = torch.tensor(numbers, device=t.device)
+                keys = rounding_key(self.seed, numbers, t.long()).unbind()
+        else:
+            steps = [state["step"] + 1 for state in states]
+            t = [float(count) for count in steps]
+            factor = 1.0 if scale is None else 1 / float(scale)
+            rows = {count: _hyper(group, count, factor) for count in set(t)}
+            hyper = [rows[count] for count in t]
+            keys = [
+                rounding_key(self.seed, number, int(count)) if rounds else 0
+                for number, count in zip(numbers, t, strict=True)
+            ]
+        return [
+            Update(
+                place.plan,
+                local_part(param).contiguous(),
+                _local_gradient(param),
+                local_part(state["exp_avg"]),
+                local_part(state["exp_avg_sq"]),
+                row,
+                count,
+                key,
+                group["fused"],
+                group["foreach"],
+                present,
             )
-            state["exp_avg_sq"] = torch.zeros(layout.state_shape, dtype=dtype, device=param.device)
-        # Not in place: Megatron's loader puts one shared tensor into every parameter's state.
-        state["step"] = state["step"] + 1
-        lr = group["lr"]
-        adam_mini_update(
-            param,
-            -param.grad if group["maximize"] else param.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            layout,
-            step=float(state["step"]),
-            lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+            for param, place, state, row, count, key, present in zip(
+                params, places, states, hyper, steps, keys, _presence(places, params), strict=True
+            )
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every torch optimizer. Moments of flat shards (FSDP1) come in fp32, the second ones
+        entry by entry: `FSDP.optim_state_dict` takes only what is cut as the parameter is.
+        """
+        saved = super().state_dict()
+        state = dict(saved["state"])
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            for param, key in zip(group["params"], packed["params"], strict=True):
+                plan, own = self._place(param).plan, state.get(key)
+                if plan.flat and own:
+                    v = plan.spread(own["exp_avg_sq"]).view(param.shape)
+                    state[key] = {**own, "exp_avg": own["exp_avg"].to(v.dtype), "exp_avg_sq": v}
+        return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; moments keep fp32 or float64.
+        """Loads what `state_dict` returned; moments keep the dtypes of this optimizer.
 
         Args:
             state_dict: from an AdamMini with the same groups and the same blocks.
@@ -344,8 +532,10 @@ class AdamMini(Optimizer):
         def restore(_: Optimizer) -> None:
             for param, saved in moments.items():
                 dtype = torch.promote_types(param.dtype, torch.float32)
+                dtypes = {"exp_avg": self._momentum_dtype(param), "exp_avg_sq": dtype}
                 for key, value in saved.items():
-                    self.state[param][key] = value.to(dtype=dtype, device=param.device)
+                    moved = value.to(dtype=dtypes[key], device=param.device)
+                    self.state[param][key] = moved.contiguous()
 
         hooks = (
             self.register_load_state_dict_pre_hook(remember),
@@ -361,24 +551,146 @@ class AdamMini(Optimizer):
         """The moments in `state_dict` by parameter, their shapes checked."""
         moments = {}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            names = group.get("param_names") or saved["params"]
-            for name, param, key in zip(names, group["params"], saved["params"], strict=False):
+            for param, key in zip(group["params"], saved["params"], strict=False):
                 state = state_dict["state"].get(key, {})
-                layout = self.layout(param)
-                expected = {"exp_avg": layout.shape, "exp_avg_sq": layout.state_shape}
+                place, cut = self._place(param), cut_of(param)
+                state_shape = place.layout.state_shape if cut else place.plan.state_shape
+                if place.plan.flat:
+                    state_shape = param.shape
+                expected = {"exp_avg": tuple(param.shape), "exp_avg_sq": tuple(state_shape)}
+                cuts = {"exp_avg": cut, "exp_avg_sq": cut}
+                if cut:
+                    cuts["exp_avg_sq"] = (cut[0], moment_placements(param, place.layout))
                 for moment, shape in expected.items():
+                    if moment in state and cut_of(state[moment]) != cuts[moment]:
+                        raise ValueError(
+                            f"state_dict: {moment} of parameter {place.name!r} expects the mesh "
+                            f"and placements {cuts[moment]}, found {cut_of(state[moment])}: load "
+                            "it by set_optimizer_state_dict of torch.distributed.checkpoint"
+                        )
                     if moment in state and tuple(state[moment].shape) != shape:
                         found = tuple(state[moment].shape)
                         raise ValueError(
-                            f"state_dict: {moment} of parameter {name!r} ({layout.kind} blocks) "
-                            f"expects shape {shape}, found {found}: saved with other blocks, or by "
-                            "another optimizer"
+                            f"state_dict: {moment} of parameter {place.name!r} (blocks: "
+                            f"{place.layout.rule}) expects shape {shape}, found {found}: saved "
+                            "with other blocks, or by another optimizer"
                         )
                 moments[param] = {moment: state[moment] for moment in expected if moment in state}
+                if place.plan.flat and moments[param]:
+                    moments[param]["exp_avg_sq"] = self._gathered(place, state["exp_avg_sq"])
         return moments
 
+    def _gathered(self, place: _Place, entries: Tensor) -> Tensor:
+        try:
+            return place.plan.gather(entries)
+        except ValueError:
+            raise ValueError(
+                f"state_dict: exp_avg_sq of parameter {place.name!r} expects one number for each "
+                f"of its blocks ({place.layout.rule}), found several: saved with other blocks, or "
+                "by another optimizer"
+            ) from None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "blocks": self.blocks, "_layouts": self._layouts}
+        if self.shards:
+            raise ValueError(
+                "shards: an AdamMini with shards cannot be copied or pickled, as process groups "
+                "cannot; make a new one with flat_shards(model) and load the state dict"
+            )
+        own = {name: value for name, value in self.__dict__.items() if name in self._SAVED}
+        return {**super().__getstate__(), **own}
+
+    # Beyond what torch's Optimizer copies and pickles. Process groups in places cannot be.
+    _SAVED = (
+        "blocks",
+        "momentum_dtype",
+        "stochastic_rounding",
+        "seed",
+        "max_grad_norm",
+        "error_if_nonfinite",
+        "_step_supports_amp_scaling",
+    )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("shards", None)
+        self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("_places", {})
+        self.__dict__.setdefault("_cache", {})
+        for group in self.param_groups:  # saved by an earlier version
+            for name in ("foreach", "fused"):
+                group.setdefault(name, None)
+            group.setdefault("maximize", False)
+            group.setdefault("capturable", False)
+            for param in group["params"]:
+                held = self.state.get(param, {})
+                if "step" in held:  # may be a number, or shared; torch moves it under `fused`
+                    device = param.device if group["capturable"] else "cpu"
+                    count = torch.as_tensor(held["step"], dtype=torch.float32, device=device)
+                    held["step"] = count.clone()
+
+
+def _hyper(group: dict[str, Any], step: float, grad_scale: float) -> tuple[float, ...]:
+    """A row of HYPER."""
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    return (
+        lr / (1 - beta1**step),
+        1 - lr * group["weight_decay"],
+        1 - beta1,
+        1 - beta2,
+        (1 - beta2**step) ** -0.5,
+        group["eps"],
+        -grad_scale if group["maximize"] else grad_scale,
+        0.0,
+    )
+
+
+def _hyper_on_device(
+    group: dict[str, Any], steps: Tensor, scale: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Rows of HYPER, one per step count; nothing waits for the device."""
+    beta1, beta2 = group["betas"]
+    lr, t = group["lr"], steps.double()
+    if isinstance(lr, Tensor):
+        lr = lr.to(t.device, t.dtype).reshape(())
+    columns = [
+        lr / (1 - beta1**t),
+        1 - lr * group["weight_decay"],
+        1 - beta1,
+        1 - beta2,
+        (1 - beta2**t) ** -0.5,
+        group["eps"],
+        (-1.0 if group["maximize"] else 1.0) / (1.0 if scale is None else scale.reshape(())),
+        0.0 if found_inf is None else found_inf.reshape(()),
+    ]
+    dtype = torch.float64 if t.device.type == "cpu" else torch.float32
+    rows = torch.zeros(len(t), len(columns), dtype=dtype, device=t.device)
+    for i, column in enumerate(columns):
+        rows[:, i] = column
+    return rows.unbind()
+
+
+def _check_capture(optimizer: Optimizer) -> None:
+    """torch's own check that a graph records capturable groups only; renamed in torch 2.13."""
+    name = "_accelerator_graph_capture_health_check"
+    if not hasattr(optimizer, name):
+        name = "_cuda_graph_capture_health_check"
+    getattr(optimizer, name)()
+
+
+def _local_gradient(param: Tensor) -> Tensor:
+    if param.grad is None:  # but other ranks may have one
+        return torch.zeros_like(param)
+    return local_part(param.grad).contiguous()
+
+
+def _presence(places: list[_Place], params: list[Tensor]) -> list[Tensor | None]:
+    """`Update.present` of every parameter."""
+    asked = [place.plan.flat and bool(place.plan.groups) for place in places]
+    if not any(asked):
+        return [None] * len(params)
+    there = [float(param.grad is not None) for param in params]
+    flags = torch.tensor(there, device=params[0].device).unbind()
+    return [flag if ask else None for flag, ask in zip(flags, asked, strict=True)]
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -390,29 +702,29 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name}: expected at least 0, found {group[name]}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), found {betas}")
+    if group["fused"] and group["foreach"]:
+        raise ValueError("fused: expected False or None with foreach=True, found True")
 
 
 def _check_parameter(name: str, param: Tensor) -> None:
-    if _is_dtensor(param):
-        raise ValueError(f"parameter {name!r}: expected an unsharded tensor, found a DTensor")
     if not param.is_floating_point() or param.layout != torch.strided:
         raise ValueError(
             f"parameter {name!r}: expected dense and floating, found {param.dtype}, {param.layout}"
         )
 
 
-def _check_gradient(param: Tensor) -> None:
+def _check_gradient(name: str, param: Tensor) -> None:
     grad = param.grad
-    if _is_dtensor(grad):
-        raise ValueError(
-            f"gradient of a {tuple(param.shape)} parameter: found a DTensor, expected unsharded"
-        )
     if grad.layout != torch.strided:
         raise ValueError(
-            f"gradient of a {tuple(param.shape)} parameter: expected dense, found {grad.layout}"
+            f"gradient of parameter {name!r}: expected dense, found {grad.layout} (sparse=True of "
+            "nn.Embedding gives such gradients)"
         )
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    """Recognised by name: torch.distributed is missing from some builds of torch."""
-    return any(c.__name__ == "DTensor" for c in type(tensor).__mro__)
+    if is_dtensor(grad) != is_dtensor(param):
+        kinds = ["a DTensor" if is_dtensor(x) else "a plain tensor" for x in (param, grad)]
+        raise ValueError(f"gradient of parameter {name!r}: expected {kinds[0]}, found {kinds[1]}")
+    if is_dtensor(param) and grad.placements != param.placements:
+        raise ValueError(
+            f"gradient of parameter {name!r}: expected placements {param.placements}, found "
+            f"{grad.placements}"
+        )

@@ -182,7 +182,7 @@ class UpdateConfig:
     """
 
     optimizer: Literal["adam_mini", "adamw"] = "adam_mini"
-    blocks: Literal["rows", "paper"] = "rows"
+    blocks: Literal["rows", "paper", "snr"] = "rows"
     lr: float = 1e-4
     lr_warmup: int = 5
     betas: tuple[float, float] = (0.9, 0.95)

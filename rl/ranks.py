@@ -15,16 +15,15 @@ from pytorch_lightning.strategies import (
 )
 
 
-def refuse_strategy(strategy: Strategy, optimizer: str) -> None:
+def refuse_strategy(strategy: Strategy) -> None:
     """Raises for a strategy under which the update would not equal that of one process.
 
     Args:
         strategy: the trainer's: a single device, DDP, or ModelParallelStrategy for FSDP2.
-        optimizer: `adam_mini` or `adamw`.
 
     Raises:
-        ValueError: another strategy, one that shards in two dimensions or writes sharded
-            checkpoints, or adam_mini on a sharded policy, whose blocks may straddle processes.
+        ValueError: another strategy, or one that shards in two dimensions or writes sharded
+            checkpoints.
     """
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         return
@@ -37,11 +36,6 @@ def refuse_strategy(strategy: Strategy, optimizer: str) -> None:
         raise ValueError(
             "trainer.strategy: expected ModelParallelStrategy with data_parallel_size = devices, "
             "tensor_parallel_size = 1 and save_distributed_checkpoint = false"
-        )
-    if optimizer == "adam_mini":
-        raise ValueError(
-            "update.optimizer: expected adamw under FSDP2, got adam_mini, which is refused there "
-            "until its sharded step is exact"
         )
 
 

@@ -18,22 +18,26 @@ SHARDED = [
 ]
 
 
-@pytest.fixture(scope="module", params=["digits_written", "lost_on_the_second_rank"])
+@pytest.fixture(
+    scope="module", params=[("digits_written", "adam_mini"), ("lost_on_the_second_rank", "adamw")]
+)
 def folder(tmp_path_factory, request):
     """The same run with one process and with two of each kind; fp32 rollouts, no clipping.
 
     Once with every reward, once with none left for the second rank in the first two updates.
     """
+    reward, optimizer = request.param
     folder = tmp_path_factory.mktemp("ddp")
     recipe = write_recipe(
         folder,
         {
-            "task.init_args.reward": f"reward_functions:{request.param}",
+            "task.init_args.reward": f"reward_functions:{reward}",
             "updates": UPDATES,
             "record.checkpoint_every": 2,
             "rollout.dtype": "float32",
             "update.clip_norm": 0.0,
-            "update.optimizer": "adamw",
+            "update.optimizer": optimizer,
+            "update.blocks": "paper",  # sums of query and key heads are added over ranks
             "trainer.callbacks": [{"class_path": "workers.SaveGradients"}],
         },
     )
@@ -52,6 +56,16 @@ def test_gradients_equal_those_of_one_process(folder, update, strategy):
     assert one[0].norm() > 0
     error = (two[0] - one[0]).norm() / one[0].norm()
     assert error < 1e-5, error
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_weights_equal_those_of_one_process(folder, strategy):
+    one, two = (
+        load_file(folder / name / "policy" / "model.safetensors") for name in ("one", strategy)
+    )
+    for name, weight in one.items():
+        error = (two[name] - weight).abs().max() / weight.abs().max()
+        assert error < 1e-4, (name, error)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

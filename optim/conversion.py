@@ -1,0 +1,201 @@
+"""State of other optimizers for AdamMini and back, so that a run can switch in the middle.
+
+Second moments of AdamW become those of AdamMini by averaging over each block, which is exact: v is
+linear in g^2, so the mean of AdamW's v is the v that AdamMini would have kept on the same
+gradients. The way back gives every entry the moment of its block.
+
+Source: arXiv 2406.16793, the update rule; layout of the authors' state: adam-mini 1.1.1.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adam_mini import AdamMini
+from .layouts import BlockLayout
+from .sharding import is_dtensor, second_moments
+
+
+def from_adamw_state(
+    optimizer: AdamMini, state_dict: dict[str, Any], *, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes, from the state of torch's Adam or AdamW.
+
+    Parameters are matched by name if both sides have names, else by position; the groups need not
+    be the same. Hyper-parameters stay those of `optimizer`.
+
+    Args:
+        optimizer: over the same model; not changed.
+        state_dict: of torch.optim.AdamW, Adam or NAdam without amsgrad.
+        names: of the parameters that AdamW was given, in order, if it was given none: those of
+            `model.named_parameters()`, say.
+
+    Returns:
+        A state dict: exp_avg as it is, exp_avg_sq averaged over the blocks, step.
+
+    Raises:
+        ValueError: amsgrad state, or parameters, names or shapes that do not correspond.
+
+    Source: arXiv 2406.16793, the update rule, which is linear in g^2.
+    """
+    saved = _saved_states(state_dict, names)
+    return _converted(optimizer, saved, _from_adamw)
+
+
+def from_authors_state(optimizer: AdamMini, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes, from the state of the authors' Adam_mini.
+
+    Args:
+        optimizer: over the same model, made from named parameters; not changed.
+        state_dict: of `adam_mini.Adam_mini` 1.1.1 in one process; it has one group per parameter,
+            with its name in lower case.
+
+    Returns:
+        A state dict. Second moments are those of the authors' blocks, averaged over ours.
+
+    Raises:
+        ValueError: parameters, names or shapes that do not correspond.
+
+    Source: the state of adam-mini 1.1.1, by the authors of arXiv 2406.16793.
+    """
+    saved = {}
+    for group in state_dict["param_groups"]:
+        if "name" not in group or len(group["params"]) != 1:
+            raise ValueError(
+                "state_dict: expected one named parameter per group, as Adam_mini makes them, "
+                f"found a group with {sorted(group)} and {len(group['params'])} parameters"
+            )
+        saved[group["name"]] = state_dict["state"].get(group["params"][0], {})
+    return _converted(optimizer, saved, _from_authors, rename=str.lower)
+
+
+def to_adamw_state(optimizer: AdamMini) -> dict[str, Any]:
+    """What torch.optim.AdamW's `load_state_dict` takes, over the same groups.
+
+    Args:
+        optimizer: an AdamMini; not changed.
+
+    Returns:
+        A state dict in which every entry has the second moment of its block.
+
+    Source: arXiv 2406.16793, the update rule.
+    """
+    state_dict = optimizer.state_dict()
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
+    for group in state_dict["param_groups"]:
+        for name, value in defaults.items():
+            group.setdefault(name, value)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = {}
+    for number, param in enumerate(params):
+        if number in state_dict["state"]:
+            old = state_dict["state"][number]
+            layout = optimizer.layout(param)
+            v = old["exp_avg_sq"]
+            if not optimizer.shards:  # state dicts of flat shards (FSDP1) are spread already
+                v = _spread(param, layout, v)
+            state[number] = {
+                "step": old["step"].clone(),
+                "exp_avg": old["exp_avg"].to(v.dtype).clone(),
+                "exp_avg_sq": v.clone(),
+            }
+    return {**state_dict, "state": state}
+
+
+def _saved_states(
+    state_dict: dict[str, Any], names: Sequence[str] | None
+) -> dict[str | int, dict[str, Any]]:
+    """State by name, or by position if there are no names."""
+    keys, own = [], []
+    for group in state_dict["param_groups"]:
+        if group.get("amsgrad"):
+            raise ValueError("state_dict: expected amsgrad=False, found True")
+        keys += group["params"]
+        own += group.get("param_names", [])
+    if names is None:
+        names = own or range(len(keys))  # type: ignore[assignment]
+    if len(names) != len(keys):
+        raise ValueError(
+            f"names: expected one for each of {len(keys)} parameters, found {len(names)}"
+        )
+    return {name: state_dict["state"].get(key, {}) for name, key in zip(names, keys, strict=True)}
+
+
+def _converted(
+    optimizer: AdamMini,
+    saved: dict[Any, dict[str, Any]],
+    convert: Callable[[Tensor, BlockLayout, dict[str, Any]], tuple[Tensor, Tensor]],
+    rename: Callable[[str], str] = str,
+) -> dict[str, Any]:
+    params, own = [], []
+    for group in optimizer.param_groups:
+        params += group["params"]
+        own += [rename(name) for name in group.get("param_names", [])]
+    by_name = all(isinstance(name, str) for name in saved)
+    if by_name and not own:
+        raise ValueError("optimizer: expected named parameters to match the names, found none")
+    keys = own if by_name else range(len(params))
+    if set(keys) != set(saved) or len(set(keys)) != len(params):
+        different = sorted(map(str, set(keys) ^ set(saved)))[:5]
+        raise ValueError(
+            f"state_dict: expected the {len(params)} parameters of the optimizer, found "
+            f"{len(saved)}; in one of them only: {different}"
+        )
+    state = {}
+    for number, (key, param) in enumerate(zip(keys, params, strict=True)):
+        old = saved[key]
+        if not old:
+            continue
+        layout = optimizer.layout(param)
+        try:
+            exp_avg, v = convert(param, layout, old)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"state_dict: expected moments of parameter {key!r} with shape "
+                f"{tuple(param.shape)}, found {_shapes(old)}"
+            ) from error
+        step = torch.as_tensor(old["step"], dtype=torch.float32).cpu().clone()
+        state[number] = {
+            "step": step,
+            "exp_avg": exp_avg.clone(),
+            "exp_avg_sq": _averaged(param, layout, v),
+        }
+    return {**optimizer.state_dict(), "state": state}
+
+
+def _from_adamw(param: Tensor, layout: BlockLayout, old: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    if not old["exp_avg"].shape == old["exp_avg_sq"].shape == param.shape:
+        raise RuntimeError
+    return old["exp_avg"], old["exp_avg_sq"]
+
+
+def _from_authors(param: Tensor, layout: BlockLayout, old: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    m = old["m"]  # of queries and keys [heads, entries of a head]
+    v = old["v"] if "v" in old else old["vmean"]
+    return m.reshape(param.shape), v.expand_as(m).reshape(param.shape)
+
+
+def _averaged(param: Tensor, layout: BlockLayout, v: Tensor) -> Tensor:
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    if not is_dtensor(param):
+        return layout.mean(v.to(dtype)).clone()
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = layout.mean(v.full_tensor().to(dtype))  # type: ignore[attr-defined]
+    like = second_moments(param, layout, whole[:0])
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _spread(param: Tensor, layout: BlockLayout, v: Tensor) -> Tensor:
+    if not is_dtensor(param):
+        return layout.expand(v).contiguous()
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = layout.expand(v.full_tensor()).contiguous()  # type: ignore[attr-defined]
+    return distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(x.shape) for key, x in state.items() if isinstance(x, Tensor)}
