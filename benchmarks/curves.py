@@ -16,9 +16,9 @@ Loss: mean over 61,440 fixed validation bytes, in nats per byte, under the same 
 All arms: betas (0.9, 0.95), eps 1e-8, weight decay 0.1 on matrices, none on norms (the authors'
 package takes named parameters and makes the same exception by name: "norm").
 
-`run` gives each run a fresh process and writes a JSON line to .cache/curves/rows.jsonl when it is
-done; runs that are there already are skipped. `report` writes results/optimizer_curves.json and
-optimizer_curves.png, and prints the tables.
+`run` gives each run a fresh process and writes a line to results/optimizer_curves.jsonl when it is
+done; runs that are there already are skipped. `report` writes results/optimizer_curves.png and
+prints the tables.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from torch.optim import Optimizer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-ROWS = HERE.parent / ".cache" / "curves" / "rows.jsonl"
+ROWS = RESULTS / "optimizer_curves.jsonl"
 
 SHORT, LONG, WARMUP = 120, 240, 20
 BATCH, LENGTH, VALIDATION = 4, 256, 240  # sequences a step; bytes; validation sequences
@@ -57,8 +57,6 @@ LRS = (3e-4, 6e-4, 1.2e-3)
 SEEDS = (0, 1, 2)
 FIRST = ("adamw", "authors", "rows", "paper")
 ARMS = (*FIRST, "snr", "rows-bf16m", "paper-bf16m", "snr-bf16m")
-ABOUT = ("parameters", "threads", "corpus_sha256", "corpus_bytes", "device", "versions", "commit",
-         "optim_sha256")  # fmt: skip
 NOT_CONSTRUCTIBLE = 3  # exit status of a run whose optimizer this checkout cannot make
 
 
@@ -438,20 +436,17 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Tables on stdout, rows and figure under results/; from the committed rows without fresh."""
-    committed = RESULTS / "optimizer_curves.json"
-    fresh = read_rows(args.rows)
-    rows = fresh or read_record(committed)
-    rows.sort(key=lambda row: (ARMS.index(row["arm"]), row["seed"], row["lr"]))
-    if fresh:
-        committed.write_text(compact_record(rows))
+    """Tables on stdout, and the figure under results/."""
+    rows = sorted(
+        read_rows(args.rows), key=lambda row: (ARMS.index(row["arm"]), row["seed"], row["lr"])
+    )
     rows = [
         row
         for row in rows
         if row["arm"] in args.arms and row["seed"] in args.seeds and row["lr"] in args.lrs
     ]
     if not rows:
-        sys.exit(f"no rows in {args.rows} or {committed}")
+        sys.exit(f"no rows in {args.rows}")
     for length in (SHORT, LONG):
         print("\n".join(tables(losses_by_run(rows, length), length, rows)), "\n")
     arms = {row["arm"] for row in rows}
@@ -537,24 +532,6 @@ def header(*names: str) -> list[str]:
 def table_line(*cells: str) -> str:
     """One line of a table."""
     return f"| {' | '.join(cells)} |"
-
-
-def compact_record(rows: list[dict]) -> str:
-    """The rows as JSON, one a line; what is the same in all of them once."""
-    shared = [key for key in ABOUT if all(row[key] == rows[0][key] for row in rows)]
-    settings = {"steps": [SHORT, LONG], "warmup": WARMUP, "batch": [BATCH, LENGTH]}
-    record = {"command": "python benchmarks/curves.py run", **settings}
-    record |= {key: rows[0][key] for key in shared}
-    lines = [json.dumps({k: v for k, v in row.items() if k not in shared}) for row in rows]
-    body = ",\n  ".join(lines)
-    return f'{json.dumps(record, indent=1)[:-2]},\n "rows": [\n  {body}\n ]\n}}\n'
-
-
-def read_record(path: Path) -> list[dict]:
-    """The rows that `compact_record` has written, complete; none where there is no file."""
-    record = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    shared = {key: record[key] for key in ABOUT if key in record}
-    return [shared | row for row in record["rows"]]
 
 
 def draw(rows: list[dict], path: Path) -> None:
