@@ -97,6 +97,7 @@ class AdamMiniCallback(Callback):
             group.update(fused=None, foreach=None)  # the old optimizer's choice says nothing here
         # The constructor keeps the very dicts, so whoever holds on to one still sets the lr in use.
         new = AdamMini(optimizer.param_groups, blocks=self.blocks)
+        new.known_names = names
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             # Schedulers wrap `step` to see that it is called; this one does so too and leaves the
             # lr alone.

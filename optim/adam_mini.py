@@ -7,13 +7,16 @@ For parameter p with gradient g at step t, and every block b of p (see layouts.p
     p_b <- p_b - lr / (1 - beta1^t) * m_b / (sqrt(v_b / (1 - beta2^t)) + eps)
 
 State: 4 bytes an entry (2 with bf16 momentum) and 4 bytes a block, where AdamW keeps 8 bytes an
-entry. A step needs no memory of the size of a parameter beside it.
+entry. A step needs no memory of the size of a parameter beside it, if gradients and parameters are
+contiguous; others are copied.
 
 Source: arXiv 2406.16793, the update rule.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +98,19 @@ class _Place:
     number: int  # among all parameters of the optimizer
     layout: BlockLayout
     plan: Plan
+    shape: torch.Size  # of the parameter
+    is_dtensor: bool
+    empty: bool  # no mean of an empty block
+    asked: bool  # updated, even if none of it is here, if another rank has a gradient
+
+
+class _Part(NamedTuple):
+    """A parameter in a step; `local` is what of it is here."""
+
+    param: Tensor
+    place: _Place
+    local: Tensor
+    state: dict[str, Tensor] | None
 
 
 class AdamMini(Optimizer):
@@ -162,13 +178,20 @@ class AdamMini(Optimizer):
         amp_scaling: bool = False,
         shards: Mapping[Tensor, Shard] | None = None,
     ) -> None:
+        if blocks is not None and not isinstance(blocks, Mapping):
+            raise ValueError(
+                "blocks: expected a BlockMap, which infer_blocks returns, or layouts by parameter, "
+                f"found {blocks!r}"
+            )
         if momentum_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 "momentum_dtype: expected torch.float32, torch.bfloat16 or None, found "
                 f"{momentum_dtype}"
             )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: expected more than 0, found {max_grad_norm}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed: expected an integer, found {seed!r}")
+        if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm: expected more than 0, found {max_grad_norm!r}")
         if capturable and error_if_nonfinite:
             raise ValueError(
                 "error_if_nonfinite: expected False with capturable=True, found True: a CUDA graph "
@@ -188,6 +211,8 @@ class AdamMini(Optimizer):
         self.error_if_nonfinite = error_if_nonfinite
         self.grad_norm: Tensor | None = None
         self._step_supports_amp_scaling = amp_scaling  # read by torch.amp.GradScaler
+        # Of parameters that hosts may add without names, as Lightning does when it unfreezes some.
+        self.known_names: dict[Tensor, str] = {}
         self._places: dict[Tensor, _Place] = {}
         self._cache: dict[Any, Numbering] = {}
         defaults = {
@@ -255,7 +280,9 @@ class AdamMini(Optimizer):
                     "from within summon_full_params, found none"
                 )
             options["blocks"] = infer_blocks(model, preset, strict=strict)
-        return cls(groups, lr, betas, eps, weight_decay, **options)
+        optimizer = cls(groups, lr, betas, eps, weight_decay, **options)
+        optimizer.known_names = {param: name for name, param in model.named_parameters()}
+        return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as in every torch optimizer.
@@ -274,6 +301,8 @@ class AdamMini(Optimizer):
                     f"{sorted(param_group)}; ZeroRedundancyOptimizer needs "
                     "functools.partial(AdamMini, blocks=...), and clipping by clip_grad_norm_"
                 )
+            if self.param_groups and "param_names" in self.param_groups[0]:
+                param_group["params"] = self._with_names(param_group["params"])
         super().add_param_group(param_group)
         try:
             self._places.update(self._group_places(param_group))
@@ -281,12 +310,23 @@ class AdamMini(Optimizer):
             self.param_groups.pop()
             raise
 
+    def _with_names(self, params: Any) -> Any:
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if all(isinstance(param, Tensor) and param in self.known_names for param in params):
+            return [(self.known_names[param], param) for param in params]
+        return params
+
     def _group_places(self, group: dict[str, Any]) -> dict[Tensor, _Place]:
         names = group.get("param_names")
-        by_name = self.blocks is not None and all(isinstance(key, str) for key in self.blocks)
+        by_name = bool(self.blocks) and all(isinstance(key, str) for key in self.blocks)
         if by_name and names is None:
             raise ValueError(
                 "blocks: expected named parameters (model.named_parameters()), found no names"
+            )
+        if names is not None and len(names) != len(group["params"]):
+            raise ValueError(
+                f"params: expected a name for each of the {len(group['params'])} parameters of a "
+                f"group, found {len(names)}; add parameters with add_param_group"
             )
         places = {}
         for i, param in enumerate(group["params"]):
@@ -319,7 +359,16 @@ class AdamMini(Optimizer):
             number = len(self._places) + len(places)
             with torch.device("cpu"):  # whatever the default device is
                 plan = make_plan(layout, shard)
-            places[param] = _Place(name, number, layout, plan)
+            places[param] = _Place(
+                name,
+                number,
+                layout,
+                plan,
+                param.shape,
+                is_dtensor(param),
+                empty=0 in layout.shape,
+                asked=plan.flat and bool(plan.groups),
+            )
         return places
 
     def layout(self, param: Tensor) -> BlockLayout:
@@ -368,30 +417,13 @@ class AdamMini(Optimizer):
                 loss = closure()
         # Set by a GradScaler under `amp_scaling`: what to divide by, and whether to skip the step.
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        if found_inf is not None and not self.defaults["capturable"] and bool(found_inf):
+        on_device = all(group["capturable"] for group in self.param_groups)
+        if found_inf is not None and not on_device and bool(found_inf):
             return loss
-        work = [
-            (group, [param for param in dict.fromkeys(group["params"]) if self._takes_part(param)])
-            for group in self.param_groups
-        ]
-        for _, params in work:
-            for param in params:
-                place = self._place(param)
-                if place.plan.flat and param.numel() != place.plan.n_entries:
-                    raise ValueError(
-                        f"parameter {place.name!r}: expected the {place.plan.n_entries} entries of "
-                        f"its shard, found {param.numel()}: step outside summon_full_params"
-                    )
-                if param.grad is not None:
-                    _check_gradient(place.name, param)
+        parts = self._parts()
         updates: list[Update] = []
-        states: dict[Tensor, dict[str, Tensor]] = {}
-        for group, params in work:
-            # no mean of an empty block
-            params = [param for param in params if 0 not in self._place(param).layout.shape]
-            mine = [self.state.get(param) or self._new_state(group, param) for param in params]
-            states.update(zip(params, mine, strict=True))
-            updates += self._updates(group, params, mine, scale, found_inf)
+        for group, mine in parts:
+            updates += self._updates(group, mine, scale, found_inf)
         self.grad_norm = update_all(
             updates,
             self._cache,
@@ -399,13 +431,14 @@ class AdamMini(Optimizer):
             max_grad_norm=self.max_grad_norm,
             error_if_nonfinite=self.error_if_nonfinite,
         )
-        for update, (param, state) in zip(updates, states.items(), strict=True):
-            if update.plan.flat and not update.param.numel():
+        everything = (part for _, mine in parts for part in mine)
+        for update, (param, place, local, state) in zip(updates, everything, strict=True):
+            if place.plan.flat and not local.numel():
                 continue
             if param.grad is None and not update.present:
                 continue
-            if update.param.data_ptr() != local_part(param).data_ptr():  # it was strided
-                local_part(param).copy_(update.param)
+            if update.param is not local:  # it was strided
+                local.copy_(update.param)
             if isinstance(update.hyper, Tensor):  # a CUDA graph counts in the memory it recorded
                 state["step"].copy_(update.step)
             else:  # Megatron's loader puts one shared tensor into every state
@@ -413,6 +446,36 @@ class AdamMini(Optimizer):
             self.state[param] = state
         self._trim_cache()
         return loss
+
+    def _parts(self) -> list[tuple[dict[str, Any], list[_Part]]]:
+        """What takes part in a step, group by group; raises before anything is changed."""
+        parts = []
+        for group in self.param_groups:
+            mine = []
+            for param in {id(param): param for param in group["params"]}.values():
+                place, grad = self._places.get(param) or self._place(param), param.grad
+                if grad is None and not (place.asked and param.requires_grad):
+                    continue
+                if param.shape != place.shape:
+                    _check_shape(place, param)
+                if grad is not None:
+                    _check_gradient(place, param, grad)
+                if not place.empty:
+                    local = local_part(param) if place.is_dtensor else param
+                    mine.append(_Part(param, place, local, self.state.get(param)))
+            parts.append((group, mine))
+        return [
+            (
+                group,
+                [
+                    part
+                    if part.state
+                    else part._replace(state=self._new_state(group, part.param, part.place))
+                    for part in mine
+                ],
+            )
+            for group, mine in parts
+        ]
 
     def _trim_cache(self) -> None:
         """Keeps sets of gradients that differ from step to step (experts) from filling memory."""
@@ -422,15 +485,8 @@ class AdamMini(Optimizer):
             if held > 8 * sum(piece.n_units for piece in pieces):
                 self._cache.clear()
 
-    def _takes_part(self, param: Tensor) -> bool:
-        """Flat shards without a gradient do, even empty ones: other ranks may have the gradient."""
-        if param.grad is not None:
-            return True
-        plan = self._place(param).plan
-        return plan.flat and bool(plan.groups) and param.requires_grad
-
-    def _new_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        place, dtype = self._place(param), torch.promote_types(param.dtype, torch.float32)
+    def _new_state(self, group: dict[str, Any], param: Tensor, place: _Place) -> dict[str, Tensor]:
+        dtype = torch.promote_types(param.dtype, torch.float32)
         v = torch.zeros(place.plan.state_shape, dtype=dtype, device=param.device)
         return {
             "step": torch.zeros(
@@ -450,53 +506,56 @@ class AdamMini(Optimizer):
     def _updates(
         self,
         group: dict[str, Any],
-        params: list[Tensor],
-        states: list[dict[str, Tensor]],
+        parts: list[_Part],
         scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> list[Update]:
-        if not params:
+        if not parts:
             return []
-        places = [self._place(param) for param in params]
-        numbers = [place.number for place in places]
+        numbers = [part.place.number for part in parts]
+        counts = [part.state["step"] for part in parts]
         rounds = self.stochastic_rounding or self.momentum_dtype == torch.bfloat16
+        keys: Sequence[Any] = [0] * len(parts)
         if group["capturable"]:
             taken = 1 if found_inf is None else 1 - found_inf.reshape(())
-            t = torch.stack([state["step"] for state in states]) + taken
+            t = torch.stack(counts) + taken
             steps = t.unbind()
             hyper = _hyper_on_device(group, t, scale, found_inf)
-            keys = [0] * len(params)
             if rounds:
                 numbers = torch.tensor(numbers, device=t.device)
                 keys = rounding_key(self.seed, numbers, t.long()).unbind()
         else:
-            steps = [state["step"] + 1 for state in states]
-            t = [float(count) for count in steps]
+            one = torch.ones((), dtype=torch.float32, device="cpu")
+            steps = torch._foreach_add(counts, one, alpha=1)  # twice as fast as adding 1
+            t = [step.item() for step in steps]
             factor = 1.0 if scale is None else 1 / float(scale)
             rows = {count: _hyper(group, count, factor) for count in set(t)}
             hyper = [rows[count] for count in t]
-            keys = [
-                rounding_key(self.seed, number, int(count)) if rounds else 0
-                for number, count in zip(numbers, t, strict=True)
-            ]
-        return [
-            Update(
-                place.plan,
-                local_part(param).contiguous(),
-                _local_gradient(param),
-                local_part(state["exp_avg"]),
-                local_part(state["exp_avg_sq"]),
-                row,
-                count,
-                key,
-                group["fused"],
-                group["foreach"],
-                present,
-            )
-            for param, place, state, row, count, key, present in zip(
-                params, places, states, hyper, steps, keys, _presence(places, params), strict=True
-            )
-        ]
+            if rounds:
+                keys = [
+                    rounding_key(self.seed, number, int(count))
+                    for number, count in zip(numbers, t, strict=True)
+                ]
+        fused, foreach = group["fused"], group["foreach"]
+        updates = []
+        for (param, place, local, state), row, count, key in zip(
+            parts, hyper, steps, keys, strict=True
+        ):
+            grad, exp_avg, exp_avg_sq = param.grad, state["exp_avg"], state["exp_avg_sq"]
+            if grad is None:  # but other ranks may have one
+                grad = torch.zeros_like(param)
+            if place.is_dtensor:
+                grad, exp_avg, exp_avg_sq = map(local_part, (grad, exp_avg, exp_avg_sq))
+            present = None
+            if place.asked:
+                present = torch.tensor(float(param.grad is not None), device=param.device)
+            updates.append(
+                Update(
+                    place.plan, local.contiguous(), grad.contiguous(), exp_avg, exp_avg_sq,
+                    row, count, key, fused, foreach, present,
+                )
+            )  # fmt: skip
+        return updates
 
     def state_dict(self) -> dict[str, Any]:
         """As of every torch optimizer. Moments of flat shards (FSDP1) come in fp32, the second ones
@@ -516,15 +575,18 @@ class AdamMini(Optimizer):
         """Loads what `state_dict` returned; moments keep the dtypes of this optimizer.
 
         Args:
-            state_dict: from an AdamMini with the same groups and the same blocks.
+            state_dict: from an AdamMini with the same groups and the same blocks; parameters are
+                matched by their order, and keep the names that they have here, if any.
 
         Raises:
-            ValueError: groups or the shapes of moments do not fit; the optimizer is then unchanged.
+            ValueError: groups, hyper-parameters or the shapes of moments do not fit, or moments are
+                missing; the optimizer is then unchanged.
         """
         # torch (2.13, Optimizer._process_value_according_to_param_policy) casts state to the
         # parameter's dtype. So keep the moments in a hook after the user's, which sees what is
         # loaded, and put them back before the user's.
         moments: dict[Tensor, dict[str, Tensor]] = {}
+        names = [group.get("param_names") for group in self.param_groups]
 
         def remember(_: Optimizer, loaded: dict[str, Any]) -> None:
             moments.update(self._loaded_moments(loaded))
@@ -536,6 +598,9 @@ class AdamMini(Optimizer):
                 for key, value in saved.items():
                     moved = value.to(dtype=dtypes[key], device=param.device)
                     self.state[param][key] = moved.contiguous()
+            for group, own in zip(self.param_groups, names, strict=True):
+                if own is not None:
+                    group["param_names"] = own
 
         hooks = (
             self.register_load_state_dict_pre_hook(remember),
@@ -548,12 +613,24 @@ class AdamMini(Optimizer):
                 hook.remove()
 
     def _loaded_moments(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """The moments in `state_dict` by parameter, their shapes checked."""
+        """The moments in `state_dict` by parameter; groups and shapes checked."""
         moments = {}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            missing = {"lr", "betas", "eps", "weight_decay"} - saved.keys()
+            if missing:
+                raise ValueError(
+                    f"state_dict: expected groups of an AdamMini, found none of {sorted(missing)}: "
+                    "saved by another optimizer"
+                )
+            _check_hyperparameters({**self.defaults, **saved})
             for param, key in zip(group["params"], saved["params"], strict=False):
                 state = state_dict["state"].get(key, {})
                 place, cut = self._place(param), cut_of(param)
+                if state and not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+                    raise ValueError(
+                        f"state_dict: expected step, exp_avg and exp_avg_sq of parameter "
+                        f"{place.name!r}, found {sorted(state)}"
+                    )
                 state_shape = place.layout.state_shape if cut else place.plan.state_shape
                 if place.plan.flat:
                     state_shape = param.shape
@@ -614,6 +691,7 @@ class AdamMini(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("shards", None)
         self.__dict__.setdefault("grad_norm", None)
+        self.__dict__.setdefault("known_names", {})
         self.__dict__.setdefault("_places", {})
         self.__dict__.setdefault("_cache", {})
         for group in self.param_groups:  # saved by an earlier version
@@ -677,20 +755,8 @@ def _check_capture(optimizer: Optimizer) -> None:
     getattr(optimizer, name)()
 
 
-def _local_gradient(param: Tensor) -> Tensor:
-    if param.grad is None:  # but other ranks may have one
-        return torch.zeros_like(param)
-    return local_part(param.grad).contiguous()
-
-
-def _presence(places: list[_Place], params: list[Tensor]) -> list[Tensor | None]:
-    """`Update.present` of every parameter."""
-    asked = [place.plan.flat and bool(place.plan.groups) for place in places]
-    if not any(asked):
-        return [None] * len(params)
-    there = [float(param.grad is not None) for param in params]
-    flags = torch.tensor(there, device=params[0].device).unbind()
-    return [flag if ask else None for flag, ask in zip(flags, asked, strict=True)]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -698,10 +764,13 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr: expected a tensor of one element, found shape {tuple(lr.shape)}")
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name}: expected at least 0, found {group[name]}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), found {betas}")
+        value = group[name]
+        known = _is_number(value) or isinstance(value, Tensor)
+        if not known or not 0 <= value < inf:
+            raise ValueError(f"{name}: expected a finite number, at least 0, found {value!r}")
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), found {betas!r}")
     if group["fused"] and group["foreach"]:
         raise ValueError("fused: expected False or None with foreach=True, found True")
 
@@ -713,18 +782,38 @@ def _check_parameter(name: str, param: Tensor) -> None:
         )
 
 
-def _check_gradient(name: str, param: Tensor) -> None:
-    grad = param.grad
+def _check_shape(place: _Place, param: Tensor) -> None:
+    """Of a parameter whose shape is not what it was."""
+    if not place.plan.flat:
+        raise ValueError(
+            f"parameter {place.name!r}: expected shape {tuple(place.shape)}, as when it was given "
+            f"to this optimizer, found {tuple(param.shape)}: make a new optimizer"
+        )
+    if param.numel() != place.plan.n_entries:
+        raise ValueError(
+            f"parameter {place.name!r}: expected the {place.plan.n_entries} entries of its shard, "
+            f"found {param.numel()}: step outside summon_full_params"
+        )
+
+
+def _check_gradient(place: _Place, param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise ValueError(
-            f"gradient of parameter {name!r}: expected dense, found {grad.layout} (sparse=True of "
-            "nn.Embedding gives such gradients)"
+            f"gradient of parameter {place.name!r}: expected dense, found {grad.layout} "
+            "(sparse=True of nn.Embedding gives such gradients)"
         )
-    if is_dtensor(grad) != is_dtensor(param):
-        kinds = ["a DTensor" if is_dtensor(x) else "a plain tensor" for x in (param, grad)]
-        raise ValueError(f"gradient of parameter {name!r}: expected {kinds[0]}, found {kinds[1]}")
-    if is_dtensor(param) and grad.placements != param.placements:
+    if grad.shape != param.shape and not place.plan.flat:
         raise ValueError(
-            f"gradient of parameter {name!r}: expected placements {param.placements}, found "
+            f"gradient of parameter {place.name!r}: expected shape {tuple(param.shape)}, found "
+            f"{tuple(grad.shape)}"
+        )
+    if is_dtensor(grad) != place.is_dtensor:
+        kinds = ["a DTensor" if is_dtensor(x) else "a plain tensor" for x in (param, grad)]
+        raise ValueError(
+            f"gradient of parameter {place.name!r}: expected {kinds[0]}, found {kinds[1]}"
+        )
+    if place.is_dtensor and grad.placements != param.placements:
+        raise ValueError(
+            f"gradient of parameter {place.name!r}: expected placements {param.placements}, found "
             f"{grad.placements}"
         )

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t ITEM = 1 << 16;
 constexpr int64_t SHARE = 1 << 18;  // entries for which a thread is worth its start, about 80 us
+constexpr int64_t WAKE = 1 << 15;   // entries for which the threads of a pool are worth waking
 constexpr int64_t LONG = 1 << 19;   // longer rows are cut: their gradient would not stay in a cache
 constexpr int64_t CHUNK = 128;
 constexpr int64_t STRIP = 256, WIDTH = 1024;  // rows and columns of an item of column sums
@@ -25,6 +26,10 @@ constexpr int64_t STRIP = 256, WIDTH = 1024;  // rows and columns of an item of 
 enum Op : int64_t { ONE_PASS, UNIT_SUMS, APPLY };
 enum Kind : int64_t { ELEMENTWISE, ROW, COLUMN };
 enum Types : int64_t { BF16_PARAM = 1, BF16_GRAD = 2, BF16_EXP_AVG = 4, ROUND_PARAM = 8 };
+
+// GOMP_parallel, of the pool that PyTorch's own operations run on: its idle threads spin for a while
+// and would slow others down. Calls its first argument with its second on so many threads.
+typedef void Parallel(void (*)(void*), void*, unsigned, unsigned);
 
 struct Piece {  // a row of native.py's table
     int64_t kind, batch, rows, cols;  // stored as [batch, rows, cols]; elementwise as [1, 1, n]
@@ -92,6 +97,11 @@ inline T lerp(T a, T b, T weight) {  // torch's: exact at weights 0 and 1
 }
 
 template <class T>
+inline T decayed(T v, T mean, T weight) {  // lerp makes NaN of a v that has overflowed
+    return v * (1 - weight) + mean * weight;
+}
+
+template <class T>
 struct Hyper {
     T step_size, decay, weight1, weight2, root, eps, grad_scale;
     explicit Hyper(const double* h)
@@ -102,9 +112,9 @@ struct Hyper {
 
 // Updates exp_avg_sq of unit u of a row piece, and returns its step size.
 template <class T>
-inline T unit_step(const Piece& w, const double* hyper, int64_t u, T sum) {
+inline T unit_step(const Piece& w, const double* hyper, int64_t u, double sum) {
     T& v = static_cast<T*>(w.exp_avg_sq)[w.first + u];
-    v = lerp(v, sum * T(hyper[6] * hyper[6] / w.unit), T(hyper[3]));
+    v = decayed(v, T(sum * hyper[6] * hyper[6] / w.unit), T(hyper[3]));
     return Hyper<T>(hyper).step(v);
 }
 
@@ -125,7 +135,7 @@ inline void update(const Piece& w, const Hyper<T> h, int64_t row, int64_t col, i
         const T gradient = g[i] * h.grad_scale;
         T step = STEPS == Steps::EACH ? s[i] : same;
         if (STEPS == Steps::OWN) {
-            s[i] = lerp(s[i], gradient * gradient, h.weight2);
+            s[i] = decayed(s[i], gradient * gradient, h.weight2);
             step = h.step(s[i]);
         }
         m[i] = lerp(m[i], gradient, h.weight1);
@@ -192,7 +202,7 @@ void rows_in_one_pass(const Piece& w, const Item& item) {
     SquareSum<T> sum;
     sum.add(w, item.row * w.cols, w.cols);
     for (int64_t row = item.row; row < item.row_end; ++row) {
-        T step = unit_step(w, item.hyper, row, T(sum.total()));
+        T step = unit_step<T>(w, item.hyper, row, sum.total());
         sum = {};
         for (int64_t col = 0; col < w.cols; col += CHUNK) {
             const int64_t n = std::min(CHUNK, w.cols - col);
@@ -252,16 +262,18 @@ void parts_of_columns(const Piece& w, const Item& item) {
     std::copy(sums, sums + n, item.parts + part * item.part_gap + item.col);
 }
 
-// Sums of units [col, col_end); with hyper, their step sizes.
+// Sums of units [col, col_end) of matrix `row`; with hyper, their step sizes.
 template <class T>
 void totals(const Piece& w, const Item& item) {
+    const int64_t first = item.row * (w.units / w.batch);
     double sums[WIDTH] = {};
     for (int64_t k = 0; k < item.n_parts; ++k)
         for (int64_t u = item.col; u < item.col_end; ++u)
             sums[u - item.col] += item.parts[u * item.unit_gap + k * item.part_gap];
     for (int64_t u = item.col; u < item.col_end; ++u) {
-        const T sum = T(sums[u - item.col]);
-        static_cast<T*>(item.units)[u] = item.hyper ? unit_step(w, item.hyper, u, sum) : sum;
+        const double sum = sums[u - item.col];
+        T& number = static_cast<T*>(item.units)[first + u];
+        number = item.hyper ? unit_step<T>(w, item.hyper, first + u, sum) : T(sum);
     }
 }
 
@@ -298,8 +310,7 @@ struct Plan {
             if (column) cut(0, item, b * w.rows, (b + 1) * w.rows, w.cols, STRIP, WIDTH);
             else cut(0, item, 0, units, w.unit, height(w.unit), part);
             item.run = totals<T>;
-            cut(1, item, 0, 1, units, 1, WIDTH);
-            item.units = static_cast<T*>(item.units) + units;
+            cut(1, item, b, b + 1, units, 1, WIDTH);
         }
     }
     void apply(const Piece& w, Item item) {
@@ -308,21 +319,29 @@ struct Plan {
         cut(2, item, 0, w.batch * w.rows, w.cols, height(width), width);
     }
     void one_pass(const Piece& w, Item item) {
-        item.run = rows_in_one_pass<T>;
-        if (w.kind == ROW && w.cols <= LONG)
+        if (w.kind == ROW && w.cols <= LONG) {
+            item.run = rows_in_one_pass<T>;
             return cut(0, item, 0, w.rows, w.cols, height(w.cols), w.cols);
-        item.units = buffer(w.rows);
-        if (w.kind == ROW) sums(w, item);
+        }
+        if (w.kind != ELEMENTWISE) {
+            item.units = buffer(w.units);
+            sums(w, item);
+        }
         apply(w, item);
     }
-    void run(int stage, int64_t threads) const {
+    void run(int stage, int64_t threads, Parallel* parallel) const {
         const std::vector<Item>& items = stages[stage];
         int64_t entries = 0;
         for (const Item& x : items) entries += (x.row_end - x.row) * (x.col_end - x.col);
         std::atomic<size_t> taken{0};
-        const auto work = [&] {
+        auto work = [&] {
             for (size_t i; (i = taken++) < items.size();) items[i].run(*items[i].piece, items[i]);
         };
+        if (parallel && threads > 1 && entries > WAKE) {
+            // All of them: GNU's pool ends threads that a smaller team leaves out.
+            const auto call = [](void* work_) { (*static_cast<decltype(work)*>(work_))(); };
+            return parallel(call, &work, unsigned(threads), 0);
+        }
         std::vector<std::thread> others;
         try {
             for (threads = std::min(threads, entries / SHARE); threads > 1; --threads)
@@ -335,7 +354,8 @@ struct Plan {
 };
 
 template <class T>
-void step(int64_t op, const Piece* w, int64_t n, const double* hyper, T* units, int64_t threads) {
+void step(int64_t op, const Piece* w, int64_t n, const double* hyper, T* units, int64_t threads,
+          Parallel* parallel) {
     Plan<T> plan;
     for (int64_t i = 0; i < n; ++i, ++w) {
         const double* const h = op == UNIT_SUMS ? nullptr : hyper + 8 * i;
@@ -346,20 +366,22 @@ void step(int64_t op, const Piece* w, int64_t n, const double* hyper, T* units, 
         }
         if (op != ONE_PASS) units += w->units;
     }
-    for (int stage = 0; stage < 3; ++stage) plan.run(stage, threads);
+    for (int stage = 0; stage < 3; ++stage) plan.run(stage, threads, parallel);
 }
 
 }  // namespace
 
-// units: fp64 if `wide`, else fp32, by unit: zeros for the sums, or the step sizes.
+// units: fp64 if `wide`, else fp32, by unit: zeros for the sums, or the step sizes. parallel: null to
+// start threads for the call.
 // Returns 0; 1, with nothing written, for want of memory.
 extern "C" int trimtab_adam_mini(int64_t op, const int64_t* table, int64_t n, const double* hyper,
-                                 void* units, int64_t wide, int64_t threads) {
+                                 void* units, int64_t wide, int64_t threads,
+                                 Parallel* parallel) {
     static_assert(sizeof(Piece) == 16 * sizeof(int64_t), "the columns of native.py's table");
     const Piece* const works = reinterpret_cast<const Piece*>(table);
     try {
-        if (wide) step(op, works, n, hyper, static_cast<double*>(units), threads);
-        else step(op, works, n, hyper, static_cast<float*>(units), threads);
+        if (wide) step(op, works, n, hyper, static_cast<double*>(units), threads, parallel);
+        else step(op, works, n, hyper, static_cast<float*>(units), threads, parallel);
     } catch (const std::bad_alloc&) {
         return 1;
     }

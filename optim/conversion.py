@@ -109,7 +109,13 @@ def _saved_states(
 ) -> dict[str | int, dict[str, Any]]:
     """State by name, or by position if there are no names."""
     keys, own = [], []
+    if not state_dict.keys() >= {"state", "param_groups"}:
+        raise ValueError(
+            f"state_dict: expected state and param_groups of an Adam, found {sorted(state_dict)}"
+        )
     for group in state_dict["param_groups"]:
+        if "betas" not in group:
+            raise ValueError(f"state_dict: expected groups of an Adam, found {sorted(group)}")
         if group.get("amsgrad"):
             raise ValueError("state_dict: expected amsgrad=False, found True")
         keys += group["params"]
@@ -156,6 +162,8 @@ def _converted(
                 f"state_dict: expected moments of parameter {key!r} with shape "
                 f"{tuple(param.shape)}, found {_shapes(old)}"
             ) from error
+        if "step" not in old:
+            raise ValueError(f"state_dict: expected step of parameter {key!r}, found {sorted(old)}")
         step = torch.as_tensor(old["step"], dtype=torch.float32).cpu().clone()
         state[number] = {
             "step": step,

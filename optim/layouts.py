@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
+from operator import index
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -49,10 +50,12 @@ class BlockLayout:
     stacked: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "shape", tuple(index(n) for n in self.shape))
         object.__setattr__(self, "segments", _one_spelling(self.segments))
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind: expected one of {get_args(Kind)}, found {self.kind!r}")
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"shape: expected no negative sizes, found {self.shape}")
         if self.kind in ("elementwise", "whole"):
             if self.segments != ((1, 1),) or self.stacked:
                 raise ValueError(
@@ -223,7 +226,7 @@ def _one_spelling(segments: Any) -> tuple[tuple[int, int], ...]:
         for count, size in segments:
             if merged and merged[-1][1] == size:
                 count += merged.pop()[0]
-            merged.append((int(count), int(size)))
+            merged.append((index(count), index(size)))
     except TypeError:
         raise ValueError(f"segments: expected (count, size) pairs, found {segments}") from None
     if len(merged) == 1 and merged[0][0] > 0:

@@ -1,14 +1,15 @@
 """`one_pass`, `unit_sums` and `apply` of triton_kernels/adam_mini.py for CPU tensors, in C++.
 
 They agree with their `_reference` forms up to rounding: sums go on in double, products and sums are
-fused. They use torch.get_num_threads() threads, whose number changes no bit of the result.
+fused. They use torch.get_num_threads() threads of the OpenMP pool that PyTorch runs on, or their
+own where it has none; their number changes no bit of the result.
 
 `load` compiles adam_mini_step.cpp at the first use with $CXX, c++, g++ or clang++ (three seconds)
 and keeps the library in $XDG_CACHE_HOME/trimtab or ~/.cache/trimtab, under a hash of what it was
 compiled from, by and for, and one of its contents. Where that fails `why_not` returns the reason.
 
-Cost: the bytes that triton_kernels/adam_mini.py names; `one_pass` reads the gradient twice in rows
-of more than 2^19 entries. And about 2 us of Python a work.
+Cost: the bytes that triton_kernels/adam_mini.py names; `one_pass` takes columns too, and reads the
+gradient twice there and in rows of more than 2^19 entries. And about 2 us of Python a work.
 """
 
 import ctypes
@@ -121,6 +122,7 @@ def _call(
         None if units is None else units.data_ptr(),
         _dtype(works) == _F64,
         torch.get_num_threads(),
+        _pool(),
     )
     if failed:
         raise MemoryError("no memory to plan the Adam-mini step")
@@ -147,34 +149,34 @@ def _table(
         works = [w._replace(key=key) for w, key in zip(works, keys.tolist(), strict=True)]
     rows_of_table, n_units = [], 0
     wide = _dtype(works) == _F64
+    # Written for speed: this is most of what a step of small tensors costs.
     for (kind, shape, offset, first, index, stride), p, g, m, v, key in works:
-        types = _TYPES.get((p.dtype, g.dtype, m.dtype, v.dtype))
-        if types is None or (p.dtype == _F64) != wide:
-            found = ", ".join(str(t.dtype).removeprefix("torch.") for t in (p, g, m, v))
+        dtypes = p.dtype, g.dtype, m.dtype, v.dtype
+        types = _TYPES.get(dtypes)
+        if types is None or (dtypes[0] == _F64) != wide:
+            found = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(f"works: no native form takes {found}, or fp64 beside another dtype")
-        moments = 0  # entries that exp_avg_sq must have
         if kind == "row":
             batch, (rows, columns) = 1, shape
-            unit, units = columns, rows
-            if op == _ONE_PASS:
-                moments = first + units
+            unit, moments, units = columns, rows, rows
+            n = rows * columns
         elif kind == "elementwise":
             batch, rows, columns, unit = 1, 1, shape[0], ELEMENTWISE_UNIT
-            units = -(-columns // unit)
-            if op != _UNIT_SUMS:
-                moments = first + columns
-        elif op == _ONE_PASS:
-            raise ValueError("works: one_pass expects elementwise and row pieces, found a column")
+            n = moments = columns
+            units = -(-n // unit)
         else:
             batch, rows, columns = shape
-            unit, units = rows, batch * columns
-        end = offset + batch * rows * columns
+            unit, moments = rows, batch * columns
+            n, units = rows * moments, moments
+        # Who reads and writes exp_avg_sq: the whole step, and of elementwise pieces any update.
+        reads = op == _ONE_PASS or (op == _APPLY and kind == "elementwise")
+        end = offset + n
         if not (
             p.is_cpu and g.is_cpu and m.is_cpu and v.is_cpu
             and p.is_contiguous() and g.is_contiguous()
             and m.is_contiguous() and v.is_contiguous()
             and p.numel() >= end and g.numel() >= end and m.numel() >= end
-            and v.numel() >= moments
+            and (not reads or v.numel() >= first + moments)
         ):  # fmt: skip
             raise ValueError("works: expected contiguous CPU tensors that hold their piece")
         if round_params and types & _BF16_PARAM:
@@ -203,6 +205,13 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         _logger.warning("Adam-mini on the CPU stays in PyTorch, without its native step: %s", error)
         return None, f"no native library: {error}"
+
+
+@functools.cache
+def _pool() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that PyTorch uses, if it has it."""
+    function = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    return ctypes.cast(function, ctypes.c_void_p).value if function else None
 
 
 def _compiler() -> list[str]:
@@ -237,7 +246,9 @@ def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
         _logger.info("compiled %s with %s", path, shlex.join(compiler))
     library = ctypes.CDLL(str(path))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.trimtab_adam_mini.argtypes = [number, pointer, number, pointer, pointer, number, number]
+    library.trimtab_adam_mini.argtypes = [
+        number, pointer, number, pointer, pointer, number, number, pointer
+    ]  # fmt: skip
     return library
 
 

@@ -155,7 +155,7 @@ def _whole_plan(layout: BlockLayout) -> Plan:
         units = layout.n_units
         pieces = (Piece("column", (batch, length, units), stride=units),)
         blocks = None if layout.plain else _unit_blocks(layout).view(-1)
-        return Plan(pieces, layout.state_shape, blocks, lengths)
+        return Plan(pieces, layout.state_shape, blocks, lengths, one_pass=layout.plain)
     if len(layout.runs) == 1:  # matrices follow one another without a gap
         (_, count, size), entries = layout.runs[0], layout.runs[0][2] * length
         pieces = (Piece("row", (batch * count, entries), stride=entries),)
@@ -200,8 +200,7 @@ def _box_plan(layout: BlockLayout, shard: Shard) -> Plan:
     state_shape = (*local[:stacked], local[unit_dim])
     lengths = torch.full((prod(state_shape),), layout.unit_length)
     blocks = None if torch.equal(here, torch.arange(len(lengths))) else here
-    one_pass = not reduce and layout.kind == "row"
-    return Plan(pieces, state_shape, blocks, lengths, reduce, groups, one_pass)
+    return Plan(pieces, state_shape, blocks, lengths, reduce, groups, one_pass=not reduce)
 
 
 def _row_pieces(
@@ -229,7 +228,7 @@ def _column_pieces(
     if height == layout.unit_length:
         numbers = _numbers(shape, box, stacked)
         runs = [
-            (start * height, (count, height), number * height)
+            (start * height, start * width, (count, height), number * height)
             for start, count, number in _runs(numbers)
         ]
         owner = torch.arange(matrices)
@@ -238,12 +237,12 @@ def _column_pieces(
         for matrix in range(matrices):
             of_matrix = lines[matrix * height : (matrix + 1) * height]
             for start, count, number in _runs(of_matrix):
-                runs.append((matrix * height + start, (1, count), number))
+                runs.append((matrix * height + start, 0, (1, count), number))
                 owners.append(matrix)
         owner = torch.tensor(owners, dtype=torch.int64)
     pieces = [
-        Piece("column", (*size, width), line * width, 0, number * stride + left, stride)
-        for line, size, number in runs
+        Piece("column", (*size, width), line * width, first, number * stride + left, stride)
+        for line, first, size, number in runs
     ]
     return tuple(pieces), owner
 

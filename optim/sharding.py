@@ -25,7 +25,10 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Recognised by name: torch.distributed is missing from some builds of torch."""
-    return any(c.__name__ == "DTensor" for c in type(tensor).__mro__)
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:  # a step asks often
+        return False
+    return any(c.__name__ == "DTensor" for c in kind.__mro__)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """One Adam-mini step on many tensors: which pieces run how, block sums, the norm of the gradient.
 
 Two ways through a tensor. Where each unit of it is a whole block that is here, and nothing about
-the gradient has to be known first, one pass does everything. Else two phases: sums of g^2 over the
+the gradient has to be known first, one call does everything. Else two phases: sums of g^2 over the
 units, added up to blocks and over process groups in one packed all-reduce; then second moments, a
 few numbers a tensor, in plain PyTorch; then one streaming pass over parameter and first moment.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ _REFERENCE = SimpleNamespace(
 )
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One tensor to update; every tensor is local and contiguous.
 
     Args:
@@ -194,8 +192,10 @@ class Batch:
         targets = [self.updates[i].exp_avg_sq.view(-1) for i in n.cut]
         old = torch.cat(targets)
         h = hyper.to(old.dtype)[n.block_owner]
-        means = self.blocks / n.lengths * h[:, _GRAD_SCALE].square()
-        new = torch.lerp(old, means, h[:, _WEIGHT2])
+        scale, weight = h[:, _GRAD_SCALE], h[:, _WEIGHT2]
+        means = self.blocks / n.lengths * scale.square()
+        means = means.where(scale != 0, 0)  # clipped by a norm that has overflowed, as the sums
+        new = old * (1 - weight) + means * weight  # lerp would make NaN of an infinite moment
         new = torch.where(h[:, _SKIP] == 0, new, old)
         torch._foreach_copy_(targets, list(new.split(n.block_sizes)))
         return h[:, _STEP_SIZE] / (new.sqrt() * h[:, _ROOT] + h[:, _EPS])
@@ -226,7 +226,7 @@ def step(
             `error_if_nonfinite`; nothing has changed then.
     """
     whole = max_grad_norm is not None or error_if_nonfinite
-    waits = [whole or not u.plan.one_pass or u.present is not None for u in updates]
+    waits = [whole or u.present is not None or not _one_pass(u) for u in updates]
     first = [u for u, wait in zip(updates, waits, strict=True) if not wait]
     second = [u for u, wait in zip(updates, waits, strict=True) if wait]
     ready, waiting = (_batches(some, cache, round_params) for some in (first, second))
@@ -246,6 +246,13 @@ def step(
     for batch in waiting:
         batch.update(grad_scale)
     return norm
+
+
+def _one_pass(update: Update) -> bool:
+    """Whether one pass can update the tensor. Triton's has no form for columns."""
+    pieces = update.plan.pieces
+    columns = bool(pieces) and pieces[0].kind == "column"
+    return update.plan.one_pass and not (columns and update.param.device.type != "cpu")
 
 
 def _batches(

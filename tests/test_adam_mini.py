@@ -491,7 +491,7 @@ def test_no_memory_of_the_size_of_a_parameter(layout, dtype, options):
     optimizer = optimizer_for(layout, param, **mode, **options)
     optimizer.step()  # makes the state
     largest, peak = peak_of_a_step(optimizer)
-    assert 0 < largest < param.nbytes / 4
+    assert 0 < largest <= param.nbytes / 4
     assert peak < param.nbytes
 
 

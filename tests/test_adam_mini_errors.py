@@ -10,6 +10,7 @@ from adam_mini_cases import (
     snapshot,
     train,
 )
+from tiny_models import causal_lm
 from torch import nn
 
 from trimtab.optim import AdamMini, BlockLayout, BlockMap, infer_blocks
@@ -20,16 +21,21 @@ modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": -1.0}, "lr: expected at least 0, found -1.0"),
+        ({"lr": -1.0}, "lr: expected a finite number, at least 0, found -1.0"),
         ({"lr": float("nan")}, "lr: .*nan"),
         ({"lr": torch.tensor(-1.0)}, "lr: .*-1"),
         ({"lr": torch.ones(2)}, r"lr: expected a tensor of one element, found shape \(2,\)"),
-        ({"eps": -1e-8}, "eps: expected at least 0, found -1e-08"),
-        ({"weight_decay": -0.1}, "weight_decay: expected at least 0, found -0.1"),
+        ({"eps": -1e-8}, "eps: expected a finite number, at least 0, found -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number, at least 0, found -0.1"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\), found \(0.9, 1.0\)"),
         ({"betas": (-0.1, 0.9)}, "betas: "),
         ({"betas": (0.9, float("nan"))}, "betas: "),
         ({"betas": (0.9,)}, "betas: "),
+        ({"betas": 0.9}, "betas: .*found 0.9"),
+        ({"betas": ("a", 0.9)}, "betas: "),
+        ({"lr": "x"}, "lr: expected a finite number, at least 0, found 'x'"),
+        ({"lr": float("inf")}, "lr: .*inf"),
+        ({"eps": None}, "eps: .*None"),
         ({"fused": True, "foreach": True}, "fused: .*foreach=True, found True"),
     ],
 )
@@ -50,6 +56,11 @@ def test_settings_out_of_range_are_named(arguments, message):
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected more than 0, found 0.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm: .*-1.0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm: .*nan"),
+        ({"max_grad_norm": "1"}, "max_grad_norm: .*'1'"),
+        ({"seed": None}, "seed: expected an integer, found None"),
+        ({"blocks": "rows"}, "blocks: expected a BlockMap, .*found 'rows'"),
+        ({"blocks": [1]}, "blocks: expected a BlockMap, "),
+        ({"blocks": {}}, "blocks: expected an entry for parameter"),
         ({"momentum_dtype": torch.float16}, "momentum_dtype: .*found torch.float16"),
         ({"capturable": True, "error_if_nonfinite": True}, "error_if_nonfinite: .*capturable"),
     ],
@@ -169,9 +180,55 @@ def test_fused_where_no_kernel_can_run_is_refused_before_anything_changes(captur
     assert_unchanged(optimizer, before)
 
 
+def test_a_parameter_that_was_resized_is_refused():
+    """transformers' resize_token_embeddings changes the shape of the very Parameter."""
+    model = causal_lm("llama_gqa")
+    optimizer = AdamMini.for_model(model)
+    give_gradients(model.parameters(), 0)
+    optimizer.step()
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 8)
+    give_gradients(model.parameters(), 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=rf"embed_tokens.* shape \({size}, .*{size + 8}, "):
+        optimizer.step()
+    assert_same(model.parameters(), before)
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    first, param = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 8))
+    optimizer = AdamMini([first, param])
+    param.data = torch.ones(8, 4)
+    give_gradients([first, param], 0)
+    param.data = torch.ones(4, 8)
+    with pytest.raises(ValueError, match=r"gradient of parameter .*\(4, 8\), found \(8, 4\)"):
+        optimizer.step()
+    assert_same([first, param], [torch.ones(3), torch.ones(4, 8)])
+
+
+def test_a_group_with_fewer_names_than_parameters_is_refused():
+    model = small_model()
+    optimizer = AdamMini.for_model(model)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2, 2)))
+    give_gradients(optimizer.param_groups[0]["params"], 0)
+    with pytest.raises(ValueError, match="params: expected a name for each of the 3 parameters"):
+        optimizer.step()
+
+
+def test_parameters_that_were_frozen_may_be_added_without_names():
+    model = small_model().requires_grad_(False)
+    model[2].requires_grad_(True)
+    optimizer = AdamMini.for_model(model)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": model[0].parameters()})
+    assert optimizer.param_groups[-1]["param_names"] == ["0.weight", "0.bias"]
+    train(model, optimizer, 1)
+
+
 # Edits that must turn this file red:
 #   1. update.step: raise for a norm that is not finite after the updates
 #   2. AdamMini._updates: count in place, state["step"].add_(taken), under capturable
 #   3. _check_gradient: let sparse gradients pass
 #   4. AdamMini.add_param_group: do not take the group back
 #   5. BlockLayout.validate: compare the number of entries alone
+#   6. AdamMini._parts: step a parameter whatever its shape has become

@@ -114,7 +114,7 @@ def make(kind, shape, dtypes, device, *, margin=16, seed=0, **fields):
     fields = {"offset": margin, "first": margin // 2, "stride": stride} | fields
     piece = Piece(kind, shape, **fields)
     n = piece.n_entries + 2 * margin
-    blocks = {"elementwise": n, "row": shape[0] + 2 * margin, "column": 1}[kind]
+    blocks = n if kind == "elementwise" else piece.n_units + 2 * margin
     param, grad, exp_avg = (
         torch.randn(n, generator=generator).to(device, dtype) for dtype in dtypes
     )
@@ -195,9 +195,7 @@ def test_references_are_the_definition(kind, shape, device):
     sums = unit_sums_reference(works)
     torch.testing.assert_close(sums, define_sums(works), rtol=1e-12, atol=0)
     steps = torch.rand(sums.shape, dtype=F64, device=device)
-    calls = [(apply_reference, (steps,))]
-    if kind != "column":
-        calls.append((one_pass_reference, ()))
+    calls = [(apply_reference, (steps,)), (one_pass_reference, ())]
     for call, arguments in calls:
         found, expected = copy(works), define(works, hyper, *arguments)
         call(found, hyper, *arguments)

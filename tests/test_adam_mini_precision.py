@@ -8,8 +8,10 @@ from adam_mini_cases import (
     LAYOUTS,
     MODES,
     assert_same,
+    assert_unchanged,
     dtype_id,
     give_gradients,
+    layout_id,
     optimizer_for,
     run_definition,
     small_model,
@@ -416,6 +418,7 @@ def test_zero_gradients_have_norm_zero_and_are_not_scaled_up(mode):
 @modes
 @pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
 def test_a_norm_that_is_not_finite_does_what_torch_does(value, mode):
+    """But that one infinite entry, times zero, does not make NaN of the mean of its block."""
     ours, theirs = clipped_pair(torch.float32, mode, max_grad_norm=1.0)
     for run in (ours, theirs):
         give_gradients(run.params, 0)
@@ -424,12 +427,46 @@ def test_a_norm_that_is_not_finite_does_what_torch_does(value, mode):
     for run in (ours, theirs):
         run.optimizer.step()
     assert not ours.optimizer.grad_norm.isfinite()
+    assert ours.params[1][2, 3].isnan()
     for p, q in zip(ours.params, theirs.params, strict=True):
+        p, q = (x if value != value else x[q.isfinite()] for x in (p, q))
         torch.testing.assert_close(p, q, equal_nan=True)
 
 
+@modes
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_squares_that_overflow_leave_finite_parameters(layout, max_grad_norm, mode):
+    """As in AdamW: an infinite second moment makes no step, and a clipping factor of 0 neither."""
+    param = nn.Parameter(torch.ones(layout.shape))
+    optimizer = optimizer_for(layout, param, lr=0.1, max_grad_norm=max_grad_norm, **mode)
+    for size in (2e19, 1.0, 1.0):
+        param.grad = torch.zeros_like(param)
+        param.grad.view(-1)[:1] = size
+        optimizer.step()
+    assert param.isfinite().all()
+    assert not optimizer.state[param]["exp_avg_sq"].isnan().any()
+
+
+def test_an_infinite_gradient_is_skipped_in_whatever_groups_are_capturable():
+    """Groups take `capturable` from a checkpoint; the default of the optimizer may differ."""
+    first = nn.Parameter(torch.ones(2, 4))
+    old = AdamMini([first])
+    give_gradients([first], 0)
+    old.step()
+    param = nn.Parameter(first.detach().clone())
+    optimizer = AdamMini([param], capturable=True, amp_scaling=True)
+    optimizer.load_state_dict(old.state_dict())
+    before = snapshot(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(param.sum()).backward()
+    param.grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    assert_unchanged(optimizer, before)
+
+
 # Edits that must turn this file red:
-#   1. _adam_mini_reference._apply_tile: noise & 0xFFFF for the parameter as well
+#   1. _Matrix.update_tile: noise & 0xFFFF for the parameter as well
 #   2. _adam_mini_reference.round_stochastically: noise >> 1 (rounds down too often)
 #   3. AdamMini._new_state: second moments in param.dtype
 #   4. update.step: drop .clamp(max=1.0) (small gradients scaled up)

@@ -156,6 +156,50 @@ def test_named_and_unnamed_runs_load_each_other():
     assert_same(*results)
 
 
+def test_names_stay_those_of_the_optimizer_that_loads():
+    """A copy looks its layouts up by name: with the names of the checkpoint it found others."""
+    model = small_model()
+    saved = AdamMini.for_model(model)
+    train(model, saved, 2)
+    wrapped = nn.Sequential(copy.deepcopy(model))
+    optimizer = AdamMini.for_model(wrapped)
+    optimizer.load_state_dict(saved.state_dict())
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in wrapped.named_parameters())
+    other_model, other = copy.deepcopy((wrapped, optimizer))
+    train(wrapped, optimizer, 1)
+    train(other_model, other, 1)
+    assert_same(wrapped.parameters(), other_model.parameters())
+
+
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_the_state_of_an_optimizer_of_another_kind_is_refused(other):
+    model = small_model()
+    theirs, ours = other(model.parameters(), lr=0.1), AdamMini(model.parameters())
+    train(model, theirs, 1)
+    train(model, ours, 1)
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match="state_dict: expected groups of an AdamMini"):
+        ours.load_state_dict(theirs.state_dict())
+    assert_unchanged(ours, before)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_with_a_part_missing_is_refused(key):
+    model = small_model()
+    optimizer = AdamMini.for_model(model)
+    train(model, optimizer, 1)
+    before, broken = snapshot(optimizer), copy.deepcopy(optimizer.state_dict())
+    del broken["state"][1][key]
+    with pytest.raises(ValueError, match=r"state_dict: .* of parameter '2\.weight', found"):
+        optimizer.load_state_dict(broken)
+    broken = copy.deepcopy(optimizer.state_dict())
+    broken["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"lr: .*found -1\.0"):
+        optimizer.load_state_dict(broken)
+    assert_unchanged(optimizer, before)
+
+
 def test_momentum_takes_the_dtype_of_the_optimizer_that_loads():
     for old, new in ((None, torch.bfloat16), (torch.bfloat16, None)):
         params, optimizer = make(torch.float32, {"momentum_dtype": old})

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BackboneFinetuning
+from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.utils.data import DataLoader, TensorDataset
@@ -131,6 +133,33 @@ def test_swap_keeps_groups_and_takes_given_hyperparameters():
     assert (first["lr"], first["weight_decay"], second["lr"]) == (1e-2, 0.1, 1e-3)
     assert first["betas"] == second["betas"] == (0.5, 0.6) and first["eps"] == 1e-5
     assert second["param_names"] == ["net.0.bias", "net.2.bias"]
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_finetuning_may_unfreeze_a_backbone(ours_first):
+    """Lightning then adds a group whose parameters have no names."""
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(6, 8), nn.Linear(8, 1)
+
+        def training_step(self, batch, _):
+            return self.head(self.backbone(batch[0])).square().mean()
+
+        def configure_optimizers(self):
+            trainable = filter(lambda p: p.requires_grad, self.parameters())
+            optimizer = AdamW(trainable, lr=1e-2)
+            return [optimizer], [linear(optimizer)]
+
+    module = Module()
+    start = module.backbone.weight.detach().clone()
+    callbacks = [BackboneFinetuning(unfreeze_backbone_at_epoch=1), AdamMiniCallback()]
+    fit(module, *callbacks[:: -1 if ours_first else 1])
+    assert not torch.equal(start, module.backbone.weight)
+    (optimizer,) = module.trainer.optimizers
+    assert isinstance(optimizer, AdamMini)
+    assert optimizer.param_groups[-1]["param_names"] == ["backbone.weight", "backbone.bias"]
 
 
 def test_swap_shares_the_group_dicts():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Entries of an elementwise piece that share one partial sum of g^2 in `unit_sums`.
 ELEMENTWISE_UNIT = 4096
-# Entries that the PyTorch form works on at a time: three fp32 tensors of this size fit an L2 cache.
-_CHUNK = 1 << 17
+# Entries that the PyTorch form works on at a time: three fp32 tensors of 1 MB stay in a cache.
+_CHUNK = 1 << 18
 
 # Columns of `hyper`, one row per piece, fp32 or fp64:
 #   step_size    lr / (1 - beta1^t)
@@ -24,6 +24,7 @@ _CHUNK = 1 << 17
 #   grad_scale   factor on the gradient: clipping, unscaling, -1 to maximize
 #   skip         0 to update; else the piece is left as it is
 HYPER = ("step_size", "decay", "weight1", "weight2", "root", "eps", "grad_scale", "skip")
+_STEP_SIZE, _DECAY, _WEIGHT1, _WEIGHT2, _ROOT, _EPS, _GRAD_SCALE, _SKIP = range(len(HYPER))
 
 
 class Piece(NamedTuple):
@@ -87,45 +88,40 @@ def one_pass_reference(
     round_params: bool = False,
     keys: Tensor | None = None,
 ) -> None:
-    """What `one_pass` does, in plain PyTorch; also in fp64, and on any device."""
+    """What `one_pass` does, in plain PyTorch; column pieces too, also in fp64, on any device."""
     for work, h in zip(_with_keys(works, keys), hyper.tolist(), strict=True):
-        piece = work.piece
-        if piece.n_entries == 0:  # no mean
+        if h[_SKIP] or not work.piece.n_entries:  # no mean of nothing
             continue
-        if piece.kind == "elementwise" or h[7]:
-            _apply_elementwise(work, h, round_params)
+        if work.piece.kind == "elementwise":
+            _update_elementwise(work, h, round_params)
             continue
-        units, length = piece.shape
-        v = work.exp_avg_sq.view(-1)[piece.first : piece.first + units]
-        step_size, _, _, weight2, root, eps, grad_scale, _ = h
-        rows = max(1, _CHUNK // max(length, 1))
-        for start in range(0, units, rows):
-            stop = min(start + rows, units)
-            part = piece._replace(
-                shape=(stop - start, length),
-                offset=piece.offset + start * length,
-                index=piece.index + start * piece.stride,
-            )
-            part = work._replace(piece=part)
-            means = _row_sums(part).to(v.dtype).mul_(grad_scale * grad_scale / length)
-            moment = v[start:stop].lerp_(means, weight2)
-            _apply_rows(part, h, step_size / moment.sqrt().mul_(root).add_(eps), round_params)
+        first = work.piece.first
+        for matrix in _matrices(work, h, round_params):
+            v = work.exp_avg_sq.view(-1)[first : first + matrix.n_units]
+            first += matrix.n_units
+            for band in matrix.bands():
+                moments = v[band]
+                means = matrix.square_sums(band).mul_(h[_GRAD_SCALE] ** 2 / matrix.length)
+                _update_moments(moments, means, h)
+                matrix.update(band, _steps(moments, h))
 
 
 def unit_sums_reference(works: Sequence[Work]) -> Tensor:
     """What `unit_sums` returns, in plain PyTorch; fp64 if the moments are."""
     sums = []
     for work in works:
-        piece = work.piece
-        if piece.kind == "row":
-            sums.append(_row_sums(work))
-        elif piece.kind == "column":
-            sums.append(_column_sums(work))
-        else:
-            full, rest = divmod(piece.shape[0], ELEMENTWISE_UNIT)
-            runs = Piece("row", (full, ELEMENTWISE_UNIT), piece.offset)
-            last = Piece("row", (min(rest, 1), rest), piece.offset + full * ELEMENTWISE_UNIT)
-            sums += [_row_sums(work._replace(piece=part)) for part in (runs, last)]
+        parts = [work]
+        if work.piece.kind == "elementwise":
+            full, rest = divmod(work.piece.shape[0], ELEMENTWISE_UNIT)
+            runs = Piece("row", (full, ELEMENTWISE_UNIT), work.piece.offset)
+            last = Piece("row", (1, rest), work.piece.offset + full * ELEMENTWISE_UNIT)
+            parts = [work._replace(piece=piece) for piece in (runs, last) if piece.n_entries]
+        sums += [
+            matrix.square_sums(band)
+            for part in parts
+            for matrix in _matrices(part)
+            for band in matrix.bands()
+        ]
     return torch.cat(sums) if sums else torch.zeros(0)
 
 
@@ -140,17 +136,17 @@ def apply_reference(
     """What `apply` does, in plain PyTorch; also in fp64, and on any device."""
     start = 0
     for work, h in zip(_with_keys(works, keys), hyper.tolist(), strict=True):
-        piece = work.piece
-        mine = steps[start : start + piece.n_units]
-        start += piece.n_units
-        if piece.kind == "elementwise":
-            _apply_elementwise(work, h, round_params)
-        elif h[7]:
+        mine = steps[start : start + work.piece.n_units]
+        start += work.piece.n_units
+        if h[_SKIP] or not work.piece.n_entries:
             continue
-        elif piece.kind == "row":
-            _apply_rows(work, h, mine, round_params)
-        else:
-            _apply_columns(work, h, mine, round_params)
+        if work.piece.kind == "elementwise":
+            _update_elementwise(work, h, round_params)
+            continue
+        for i, matrix in enumerate(_matrices(work, h, round_params)):
+            own = mine[i * matrix.n_units : (i + 1) * matrix.n_units].to(matrix.dtype)
+            for band in matrix.bands():
+                matrix.update(band, own[band])
 
 
 def _with_keys(works: Sequence[Work], keys: Tensor | None) -> Sequence[Work]:
@@ -159,84 +155,137 @@ def _with_keys(works: Sequence[Work], keys: Tensor | None) -> Sequence[Work]:
     return [work._replace(key=key) for work, key in zip(works, keys.tolist(), strict=True)]
 
 
-def _row_sums(work: Work) -> Tensor:
-    units, length = work.piece.shape
-    dtype = _compute_dtype(work)
-    sums = torch.zeros(units, dtype=dtype, device=work.grad.device)
-    grad = _matrix(work.grad, work.piece)
-    for rows, columns in _tiles(units, length):
-        # fp16 is squared in fp32, where it cannot overflow.
-        sums[rows] += torch.linalg.vector_norm(grad[rows, columns], dim=1, dtype=dtype).square_()
-    return sums
+def _update_moments(moments: Tensor, means: Tensor, h: Sequence[float]) -> None:
+    # Not lerp_, which makes NaN of a second moment that has overflowed.
+    moments.mul_(1 - h[_WEIGHT2]).add_(means, alpha=h[_WEIGHT2])
 
 
-def _column_sums(work: Work) -> Tensor:
-    batch, length, units = work.piece.shape
-    dtype = _compute_dtype(work)
-    sums = torch.zeros(batch, units, dtype=dtype, device=work.grad.device)
-    for b, part in enumerate(_matrices(work)):
-        grad = _matrix(part.grad, part.piece)
-        for rows, columns in _tiles(length, units):
-            squares = torch.linalg.vector_norm(grad[rows, columns], dim=0, dtype=dtype).square_()
-            sums[b, columns] += squares
-    return sums.view(-1)
+def _steps(moments: Tensor, h: Sequence[float]) -> Tensor:
+    """Step sizes from second moments."""
+    denominators = moments.sqrt().mul_(h[_ROOT]).add_(h[_EPS])
+    return denominators.reciprocal_().mul_(h[_STEP_SIZE])
 
 
-def _apply_rows(work: Work, h: list[float], steps: Tensor, round_params: bool) -> None:
-    units, length = work.piece.shape
-    for rows, columns in _tiles(units, length):
-        _apply_tile(work, h, steps[rows, None], rows, columns, round_params)
+def _update_elementwise(work: Work, h: Sequence[float], round_params: bool) -> None:
+    n, first = work.piece.shape[0], work.piece.first
+    row = work._replace(piece=work.piece._replace(kind="row", shape=(1, n)))
+    v = work.exp_avg_sq.view(-1)[first : first + n]
+    (matrix,) = _matrices(row, h, round_params)
+    for tile in matrix.tiles(slice(0, 1)):
+        moments = v[None, tile[1]]
+        _update_moments(moments, matrix.gradient(tile).square(), h)
+        matrix.update_tile(tile, _steps(moments, h))
 
 
-def _apply_columns(work: Work, h: list[float], steps: Tensor, round_params: bool) -> None:
-    batch, length, units = work.piece.shape
-    for part, mine in zip(_matrices(work), steps.view(batch, units), strict=True):
-        for rows, columns in _tiles(length, units):
-            _apply_tile(part, h, mine[columns], rows, columns, round_params)
+class _Matrix:
+    """A matrix of a row or column piece; the step comes to it band by band, tile by tile.
+
+    A band is some of its units, whole, and holds about _CHUNK entries.
+    """
+
+    def __init__(self, work: Work, h: Sequence[float], round_params: bool) -> None:
+        piece = work.piece
+        self.index, self.stride, self.key, self.h = piece.index, piece.stride, work.key, h
+        self.dim = 1 if piece.kind == "row" else 0  # the one within a unit
+        self.rows, self.columns = piece.shape[-2:]
+        self.n_units, self.length = self.rows, self.columns
+        if self.dim == 0:
+            self.n_units, self.length = self.length, self.n_units
+        tensors = (work.param, work.grad, work.exp_avg)
+        if work.param.numel() != self.rows * self.columns:
+            part = slice(piece.offset, piece.offset + self.rows * self.columns)
+            tensors = (tensor.view(-1)[part] for tensor in tensors)
+        self.param, self.grad, self.exp_avg = (
+            tensor.view(self.rows, self.columns) for tensor in tensors
+        )
+        self.whole = (slice(0, self.rows), slice(0, self.columns))
+        self.dtype = torch.promote_types(work.exp_avg_sq.dtype, torch.float32)
+        self.round_exp_avg = work.exp_avg.dtype == torch.bfloat16
+        self.round_param = round_params and work.param.dtype == torch.bfloat16
+        rounds = self.round_exp_avg or self.round_param
+        self.chunk = _CHUNK // 4 if rounds else _CHUNK  # noise is int64
+
+    def bands(self) -> Iterator[slice]:
+        """Units of every band. Narrow ones of columns would read a cache line for each entry."""
+        width = max(self.chunk // max(self.length, 1), 1 if self.dim else 64)
+        return _cut(self.n_units, width)
+
+    def tiles(self, band: slice) -> Iterator[tuple[slice, slice]]:
+        """(rows, columns) of the tiles of a band, of about _CHUNK entries each."""
+        for part in _cut(self.length, max(self.chunk // max(band.stop - band.start, 1), 1)):
+            yield (band, part) if self.dim else (part, band)
+
+    def part(self, tensor: Tensor, tile: tuple[slice, slice]) -> Tensor:
+        """A tile of one of the tensors; of small ones, where Python is what takes time, all."""
+        return tensor if tile == self.whole else tensor[tile]
+
+    def square_sums(self, band: slice) -> Tensor:
+        """Sums of g^2 over the units of a band."""
+        sums = None
+        for tile in self.tiles(band):
+            g = self.part(self.grad, tile).to(self.dtype)  # squares of fp16 would overflow
+            # Down the columns vector_norm takes four times as long.
+            squares = (
+                torch.linalg.vector_norm(g, dim=1).square_() if self.dim else g.square().sum(0)
+            )
+            sums = squares if sums is None else sums.add_(squares)
+        if sums is None:
+            sums = torch.zeros(band.stop - band.start, dtype=self.dtype, device=self.grad.device)
+        return sums
+
+    def update(self, band: slice, steps: Tensor) -> None:
+        """m and p of a band; steps: [units]."""
+        steps = steps[:, None] if self.dim else steps
+        for tile in self.tiles(band):
+            self.update_tile(tile, steps)
+
+    def gradient(self, tile: tuple[slice, slice]) -> Tensor:
+        """The scaled gradient in the dtype of the arithmetic; perhaps the memory of `.grad`."""
+        g, scale = self.part(self.grad, tile).to(self.dtype), self.h[_GRAD_SCALE]
+        return g if scale == 1 else g * scale
+
+    def update_tile(self, tile: tuple[slice, slice], steps: Tensor) -> None:
+        """m and p of a tile; `steps` broadcasts over it."""
+        param, exp_avg = self.part(self.param, tile), self.part(self.exp_avg, tile)
+        m = exp_avg.to(self.dtype).lerp_(self.gradient(tile), self.h[_WEIGHT1])
+        p = param.to(self.dtype)
+        if self.h[_DECAY] != 1:
+            p = p.mul_(self.h[_DECAY])
+        p.addcmul_(m, steps, value=-1)
+        noise = self._noise(tile) if self.round_exp_avg or self.round_param else None
+        if exp_avg.dtype != self.dtype:
+            exp_avg.copy_(round_stochastically(m, noise & 0xFFFF) if self.round_exp_avg else m)
+        if param.dtype != self.dtype:
+            param.copy_(round_stochastically(p, noise >> 16) if self.round_param else p)
+
+    def _noise(self, tile: tuple[slice, slice]) -> Tensor:
+        rows, columns = (
+            torch.arange(part.start, part.stop, device=self.param.device) for part in tile
+        )
+        return rounding_noise(self.index + rows[:, None] * self.stride + columns, self.key)
 
 
-def _apply_elementwise(work: Work, h: list[float], round_params: bool) -> None:
-    step_size, _, _, weight2, root, eps, grad_scale, skip = h
-    if skip:
+def _matrices(work: Work, h: Sequence[float] = (), round_params: bool = False) -> Iterator[_Matrix]:
+    """The matrix of a row piece, or the stacked ones of a column piece."""
+    piece = work.piece
+    if piece.kind == "row":
+        yield _Matrix(work, h, round_params)
         return
-    piece = work.piece
-    flat = work._replace(piece=piece._replace(kind="row", shape=(1, piece.shape[0])))
-    v = work.exp_avg_sq.view(-1)[piece.first : piece.first + piece.shape[0]]
-    for rows, columns in _tiles(1, piece.shape[0]):
-        g = _matrix(work.grad, flat.piece)[rows, columns].to(v.dtype) * grad_scale
-        moment = v[None, columns].lerp_(g.square_(), weight2)
-        steps = step_size / moment.sqrt().mul_(root).add_(eps)
-        _apply_tile(flat, h, steps, rows, columns, round_params)
+    batch, length, units = piece.shape
+    for b in range(batch):
+        part = piece._replace(
+            shape=(length, units),
+            offset=piece.offset + b * length * units,
+            index=piece.index + b * length * piece.stride,
+        )
+        yield _Matrix(work._replace(piece=part), h, round_params)
 
 
-def _apply_tile(
-    work: Work, h: list[float], steps: Tensor, rows: slice, columns: slice, round_params: bool
-) -> None:
-    """m and p of one tile of a matrix; `steps` broadcasts over it."""
-    piece = work.piece
-    _, decay, weight1, _, _, _, grad_scale, _ = h
-    dtype = _compute_dtype(work)
-    param, grad, exp_avg = (
-        _matrix(tensor, piece)[rows, columns] for tensor in (work.param, work.grad, work.exp_avg)
-    )
-    rounded_m, rounded_p = (
-        exp_avg.dtype == torch.bfloat16,
-        round_params and param.dtype == torch.bfloat16,
-    )
-    noise = None
-    if rounded_m or rounded_p:
-        r = torch.arange(rows.start, rows.stop, device=param.device)[:, None]
-        c = torch.arange(columns.start, columns.stop, device=param.device)
-        noise = rounding_noise(piece.index + r * piece.stride + c, work.key)
-    g = grad.to(dtype)
-    if grad_scale != 1:
-        g = g * grad_scale
-    m = exp_avg.to(dtype).lerp_(g, weight1)
-    if m.data_ptr() != exp_avg.data_ptr():
-        exp_avg.copy_(round_stochastically(m, noise & 0xFFFF) if rounded_m else m)
-    p = param.to(dtype).mul_(decay).addcmul_(m, steps.to(dtype), value=-1)
-    if p.data_ptr() != param.data_ptr():
-        param.copy_(round_stochastically(p, noise >> 16) if rounded_p else p)
+def _cut(n: int, most: int) -> Iterator[slice]:
+    """[0, n) in parts of about equal size, of at most `most`."""
+    count = -(-n // most)
+    for i in range(count):
+        yield slice(n * i // count, n * (i + 1) // count)
 
 
 def rounding_key(seed: int, parameter: int, step: int) -> int:
@@ -295,39 +344,3 @@ def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:
     x = x.float()  # momentum of fp64 parameters
     rounded = (x.view(torch.int32) + noise.to(torch.int32)) & -0x10000
     return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
-
-
-def _compute_dtype(work: Work) -> torch.dtype:
-    return torch.promote_types(work.exp_avg_sq.dtype, torch.float32)
-
-
-def _matrix(tensor: Tensor, piece: Piece) -> Tensor:
-    """The piece as the [rows, columns] it is stored in; a column piece must have B = 1."""
-    rows, columns = piece.shape[-2:]
-    return tensor.view(-1)[piece.offset : piece.offset + rows * columns].view(rows, columns)
-
-
-def _matrices(work: Work) -> Iterator[Work]:
-    """The stacked matrices of a column piece, one by one."""
-    piece = work.piece
-    batch, length, units = piece.shape
-    for b in range(batch):
-        yield work._replace(
-            piece=piece._replace(
-                shape=(1, length, units),
-                offset=piece.offset + b * length * units,
-                index=piece.index + b * length * piece.stride,
-            )
-        )
-
-
-def _tiles(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cuts a matrix into tiles of at most _CHUNK entries: whole rows where they fit."""
-    width = min(columns, _CHUNK)
-    height = max(1, _CHUNK // max(width, 1))
-    for row in range(0, rows, height):
-        for column in range(0, columns, max(width, 1)):
-            yield (
-                slice(row, min(row + height, rows)),
-                slice(column, min(column + width, columns)),
-            )
