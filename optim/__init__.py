@@ -1,12 +1,13 @@
 """Optimizers, learning-rate schedules, and what helps to choose blocks."""
 
-from .adam_mini import AdamMini, AdamMiniState, adam_mini_reference
+from .adam_mini import AdamMini
 from .block_stats import BlockStats, block_stats
 from .blocks import infer_blocks
 from .conversion import from_adamw_state, from_authors_state, to_adamw_state
 from .heterogeneity import BlockSpectra, BlockSpectrum, Heterogeneity
 from .layouts import BlockEntry, BlockLayout, BlockMap, geometric_layout
 from .lr_scheduler import LengthDetector, LengthTriggeredLR
+from .reference import AdamMiniState, adam_mini_reference
 from .sharding import flat_shards, parameter_layouts
 from .spectrum import hessian_spectrum
 

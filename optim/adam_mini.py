@@ -14,9 +14,6 @@ Source: arXiv 2406.16793, the update rule.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import inf
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +22,13 @@ from torch.optim import Optimizer
 
 from ..triton_kernels.adam_mini import rounding_key
 from .blocks import Preset, infer_blocks
-from .layouts import BlockLayout, BlockMap, geometric_layout
-from .pieces import Plan, Shard, make_plan
+from .hyper import check_hyperparameters, hyper_row, hyper_rows_on_device, is_number
+from .layouts import BlockLayout, BlockMap
+from .pieces import Shard
+from .places import Place, check_gradient, check_shape, places_of
 from .sharding import (
-    block_name,
     cut_of,
-    dtensor_shard,
     flat_shards,
-    is_cut_by_megatron,
     is_dtensor,
     is_flattened,
     local_part,
@@ -43,72 +39,11 @@ from .update import Numbering, Update
 from .update import step as update_all
 
 
-class AdamMiniState(NamedTuple):
-    """What an update returns: param and exp_avg as they came in, exp_avg_sq one entry per block."""
-
-    param: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-def adam_mini_reference(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    layout: BlockLayout,
-    *,
-    step: float,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> AdamMiniState:
-    """One Adam-mini step by the definition: entries are gathered and spread by block number.
-
-    Args:
-        param, grad, exp_avg: `layout.shape`, one floating dtype, in which everything is computed.
-        exp_avg_sq: `layout.state_shape`, the same dtype.
-        layout: the blocks of `param`.
-        step: t, 1 for the first step.
-        lr, betas, eps, weight_decay: as in AdamMini.
-
-    Returns:
-        New tensors; the arguments are not changed.
-
-    Source: arXiv 2406.16793, the update rule.
-    """
-    beta1, beta2 = betas
-    block = layout.index(param.device)
-    sums = param.new_zeros(layout.n_blocks).index_add(0, block.flatten(), (grad * grad).flatten())
-    means = sums / block.flatten().bincount(minlength=layout.n_blocks)
-    m = beta1 * exp_avg + (1 - beta1) * grad
-    v = beta2 * exp_avg_sq + (1 - beta2) * means.view(layout.state_shape)
-    denominator = (v / (1 - beta2**step)).sqrt() + eps
-    decayed = param * (1 - lr * weight_decay)
-    moved = lr * (m / (1 - beta1**step)) / denominator.flatten()[block]
-    return AdamMiniState(decayed - moved, m, v)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What is known of a parameter before its first gradient."""
-
-    name: str
-    number: int  # among all parameters of the optimizer
-    layout: BlockLayout
-    plan: Plan
-    shape: torch.Size  # of the parameter
-    is_dtensor: bool
-    empty: bool  # no mean of an empty block
-    asked: bool  # updated, even if none of it is here, if another rank has a gradient
-
-
 class _Part(NamedTuple):
     """A parameter in a step; `local` is what of it is here."""
 
     param: Tensor
-    place: _Place
+    place: Place
     local: Tensor
     state: dict[str, Tensor] | None
 
@@ -190,7 +125,7 @@ class AdamMini(Optimizer):
             )
         if not isinstance(seed, int):
             raise ValueError(f"seed: expected an integer, found {seed!r}")
-        if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+        if max_grad_norm is not None and not (is_number(max_grad_norm) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm: expected more than 0, found {max_grad_norm!r}")
         if capturable and error_if_nonfinite:
             raise ValueError(
@@ -213,7 +148,7 @@ class AdamMini(Optimizer):
         self._step_supports_amp_scaling = amp_scaling  # read by torch.amp.GradScaler
         # Of parameters that hosts may add without names, as Lightning does when it unfreezes some.
         self.known_names: dict[Tensor, str] = {}
-        self._places: dict[Tensor, _Place] = {}
+        self._places: dict[Tensor, Place] = {}
         self._cache: dict[Any, Numbering] = {}
         defaults = {
             "lr": lr,
@@ -225,7 +160,7 @@ class AdamMini(Optimizer):
             "capturable": capturable,
             "fused": fused,
         }
-        _check_hyperparameters(defaults)
+        check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
     @classmethod
@@ -294,7 +229,7 @@ class AdamMini(Optimizer):
             ValueError: as in the constructor; the optimizer is then unchanged.
         """
         if isinstance(param_group, dict):
-            _check_hyperparameters({**self.defaults, **param_group})
+            check_hyperparameters({**self.defaults, **param_group})
             if not param_group.keys().isdisjoint(("blocks", "max_grad_norm", "error_if_nonfinite")):
                 raise ValueError(
                     "params: expected groups without options of the whole optimizer, found "
@@ -305,7 +240,7 @@ class AdamMini(Optimizer):
                 param_group["params"] = self._with_names(param_group["params"])
         super().add_param_group(param_group)
         try:
-            self._places.update(self._group_places(param_group))
+            self._places.update(self._new_places(param_group))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -316,60 +251,8 @@ class AdamMini(Optimizer):
             return [(self.known_names[param], param) for param in params]
         return params
 
-    def _group_places(self, group: dict[str, Any]) -> dict[Tensor, _Place]:
-        names = group.get("param_names")
-        by_name = bool(self.blocks) and all(isinstance(key, str) for key in self.blocks)
-        if by_name and names is None:
-            raise ValueError(
-                "blocks: expected named parameters (model.named_parameters()), found no names"
-            )
-        if names is not None and len(names) != len(group["params"]):
-            raise ValueError(
-                f"params: expected a name for each of the {len(group['params'])} parameters of a "
-                f"group, found {len(names)}; add parameters with add_param_group"
-            )
-        places = {}
-        for i, param in enumerate(group["params"]):
-            name = names[i] if names else f"number {i} of its group"
-            _check_parameter(name, param)
-            shard = dtensor_shard(param) if is_dtensor(param) else (self.shards or {}).get(param)
-            if shard is None and is_flattened(param):
-                raise ValueError(
-                    f"shards: expected the place of parameter {name!r}, which FSDP1 has flattened, "
-                    "found none; pass shards=flat_shards(model), with use_orig_params=True"
-                )
-            whole = torch.empty(shard.shape, device="meta") if shard else param
-            if self.blocks is None:
-                layout = geometric_layout(whole)
-            else:
-                key = block_name(name, self.blocks) if by_name else param
-                if key not in self.blocks:
-                    raise ValueError(
-                        f"blocks: expected an entry for parameter {name!r}, found none"
-                    )
-                entry = self.blocks[key]
-                layout = entry if isinstance(entry, BlockLayout) else entry.layout
-            layout.validate(name, whole)
-            if shard is None and is_cut_by_megatron(param, layout):
-                raise ValueError(
-                    f"parameter {name!r}: expected whole blocks ({layout.rule}), found them cut "
-                    "over Megatron's tensor-parallel ranks, which this version does not add up; "
-                    "use elementwise blocks for it: blocks.edited({...})"
-                )
-            number = len(self._places) + len(places)
-            with torch.device("cpu"):  # whatever the default device is
-                plan = make_plan(layout, shard)
-            places[param] = _Place(
-                name,
-                number,
-                layout,
-                plan,
-                param.shape,
-                is_dtensor(param),
-                empty=0 in layout.shape,
-                asked=plan.flat and bool(plan.groups),
-            )
-        return places
+    def _new_places(self, group: dict[str, Any]) -> dict[Tensor, Place]:
+        return places_of(group, self.blocks, self.shards, len(self._places))
 
     def layout(self, param: Tensor) -> BlockLayout:
         """The blocks of one of this optimizer's parameters.
@@ -385,11 +268,11 @@ class AdamMini(Optimizer):
         """
         return self._place(param).layout
 
-    def _place(self, param: Tensor) -> _Place:
+    def _place(self, param: Tensor) -> Place:
         if param not in self._places:  # of a copied optimizer, or put into the groups by a host
             for group in self.param_groups:  # all of them: numbers follow the order of the groups
                 if any(p not in self._places for p in group["params"]):
-                    self._places.update(self._group_places(group))
+                    self._places.update(self._new_places(group))
         if param not in self._places:
             raise ValueError(
                 f"param: expected a parameter of this optimizer, found {tuple(param.shape)}"
@@ -457,9 +340,9 @@ class AdamMini(Optimizer):
                 if grad is None and not (place.asked and param.requires_grad):
                     continue
                 if param.shape != place.shape:
-                    _check_shape(place, param)
+                    check_shape(place, param)
                 if grad is not None:
-                    _check_gradient(place, param, grad)
+                    check_gradient(place, param, grad)
                 if not place.empty:
                     local = local_part(param) if place.is_dtensor else param
                     mine.append(_Part(param, place, local, self.state.get(param)))
@@ -485,7 +368,7 @@ class AdamMini(Optimizer):
             if held > 8 * sum(piece.n_units for piece in pieces):
                 self._cache.clear()
 
-    def _new_state(self, group: dict[str, Any], param: Tensor, place: _Place) -> dict[str, Tensor]:
+    def _new_state(self, group: dict[str, Any], param: Tensor, place: Place) -> dict[str, Tensor]:
         dtype = torch.promote_types(param.dtype, torch.float32)
         v = torch.zeros(place.plan.state_shape, dtype=dtype, device=param.device)
         return {
@@ -520,7 +403,7 @@ class AdamMini(Optimizer):
             taken = 1 if found_inf is None else 1 - found_inf.reshape(())
             t = torch.stack(counts) + taken
             steps = t.unbind()
-            hyper = _hyper_on_device(group, t, scale, found_inf)
+            hyper = hyper_rows_on_device(group, t, scale, found_inf)
             if rounds:
                 numbers = torch.tensor(numbers, device=t.device)
                 keys = rounding_key(self.seed, numbers, t.long()).unbind()
@@ -529,7 +412,7 @@ class AdamMini(Optimizer):
             steps = torch._foreach_add(counts, one, alpha=1)  # twice as fast as adding 1
             t = [step.item() for step in steps]
             factor = 1.0 if scale is None else 1 / float(scale)
-            rows = {count: _hyper(group, count, factor) for count in set(t)}
+            rows = {count: hyper_row(group, count, factor) for count in set(t)}
             hyper = [rows[count] for count in t]
             if rounds:
                 keys = [
@@ -622,7 +505,7 @@ class AdamMini(Optimizer):
                     f"state_dict: expected groups of an AdamMini, found none of {sorted(missing)}: "
                     "saved by another optimizer"
                 )
-            _check_hyperparameters({**self.defaults, **saved})
+            check_hyperparameters({**self.defaults, **saved})
             for param, key in zip(group["params"], saved["params"], strict=False):
                 state = state_dict["state"].get(key, {})
                 place, cut = self._place(param), cut_of(param)
@@ -657,7 +540,7 @@ class AdamMini(Optimizer):
                     moments[param]["exp_avg_sq"] = self._gathered(place, state["exp_avg_sq"])
         return moments
 
-    def _gathered(self, place: _Place, entries: Tensor) -> Tensor:
+    def _gathered(self, place: Place, entries: Tensor) -> Tensor:
         try:
             return place.plan.gather(entries)
         except ValueError:
@@ -707,113 +590,9 @@ class AdamMini(Optimizer):
                     held["step"] = count.clone()
 
 
-def _hyper(group: dict[str, Any], step: float, grad_scale: float) -> tuple[float, ...]:
-    """A row of HYPER."""
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    return (
-        lr / (1 - beta1**step),
-        1 - lr * group["weight_decay"],
-        1 - beta1,
-        1 - beta2,
-        (1 - beta2**step) ** -0.5,
-        group["eps"],
-        -grad_scale if group["maximize"] else grad_scale,
-        0.0,
-    )
-
-
-def _hyper_on_device(
-    group: dict[str, Any], steps: Tensor, scale: Tensor | None, found_inf: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Rows of HYPER, one per step count; nothing waits for the device."""
-    beta1, beta2 = group["betas"]
-    lr, t = group["lr"], steps.double()
-    if isinstance(lr, Tensor):
-        lr = lr.to(t.device, t.dtype).reshape(())
-    columns = [
-        lr / (1 - beta1**t),
-        1 - lr * group["weight_decay"],
-        1 - beta1,
-        1 - beta2,
-        (1 - beta2**t) ** -0.5,
-        group["eps"],
-        (-1.0 if group["maximize"] else 1.0) / (1.0 if scale is None else scale.reshape(())),
-        0.0 if found_inf is None else found_inf.reshape(()),
-    ]
-    dtype = torch.float64 if t.device.type == "cpu" else torch.float32
-    rows = torch.zeros(len(t), len(columns), dtype=dtype, device=t.device)
-    for i, column in enumerate(columns):
-        rows[:, i] = column
-    return rows.unbind()
-
-
 def _check_capture(optimizer: Optimizer) -> None:
     """torch's own check that a graph records capturable groups only; renamed in torch 2.13."""
     name = "_accelerator_graph_capture_health_check"
     if not hasattr(optimizer, name):
         name = "_cuda_graph_capture_health_check"
     getattr(optimizer, name)()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr: expected a tensor of one element, found shape {tuple(lr.shape)}")
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        known = _is_number(value) or isinstance(value, Tensor)
-        if not known or not 0 <= value < inf:
-            raise ValueError(f"{name}: expected a finite number, at least 0, found {value!r}")
-    pair = isinstance(betas, Sequence) and len(betas) == 2
-    if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers in [0, 1), found {betas!r}")
-    if group["fused"] and group["foreach"]:
-        raise ValueError("fused: expected False or None with foreach=True, found True")
-
-
-def _check_parameter(name: str, param: Tensor) -> None:
-    if not param.is_floating_point() or param.layout != torch.strided:
-        raise ValueError(
-            f"parameter {name!r}: expected dense and floating, found {param.dtype}, {param.layout}"
-        )
-
-
-def _check_shape(place: _Place, param: Tensor) -> None:
-    """Of a parameter whose shape is not what it was."""
-    if not place.plan.flat:
-        raise ValueError(
-            f"parameter {place.name!r}: expected shape {tuple(place.shape)}, as when it was given "
-            f"to this optimizer, found {tuple(param.shape)}: make a new optimizer"
-        )
-    if param.numel() != place.plan.n_entries:
-        raise ValueError(
-            f"parameter {place.name!r}: expected the {place.plan.n_entries} entries of its shard, "
-            f"found {param.numel()}: step outside summon_full_params"
-        )
-
-
-def _check_gradient(place: _Place, param: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(
-            f"gradient of parameter {place.name!r}: expected dense, found {grad.layout} "
-            "(sparse=True of nn.Embedding gives such gradients)"
-        )
-    if grad.shape != param.shape and not place.plan.flat:
-        raise ValueError(
-            f"gradient of parameter {place.name!r}: expected shape {tuple(param.shape)}, found "
-            f"{tuple(grad.shape)}"
-        )
-    if is_dtensor(grad) != place.is_dtensor:
-        kinds = ["a DTensor" if is_dtensor(x) else "a plain tensor" for x in (param, grad)]
-        raise ValueError(
-            f"gradient of parameter {place.name!r}: expected {kinds[0]}, found {kinds[1]}"
-        )
-    if place.is_dtensor and grad.placements != param.placements:
-        raise ValueError(
-            f"gradient of parameter {place.name!r}: expected placements {param.placements}, found "
-            f"{grad.placements}"
-        )

@@ -575,5 +575,5 @@ def test_definition_does_not_change_its_arguments():
 #   1. pieces._whole_plan: drop first += count (second moments of fused rows)
 #   2. AdamMini.step: drop copy_(update.param) (strided parameters)
 #   3. AdamMini.step: drop self._trim_cache()
-#   4. AdamMini._group_places: make the plan outside of torch.device("cpu")
+#   4. places.places_of: make the plan outside of torch.device("cpu")
 #   5. _adam_mini_reference: _CHUNK = 1 << 30 (memory of a step)

@@ -228,7 +228,7 @@ def test_parameters_that_were_frozen_may_be_added_without_names():
 # Edits that must turn this file red:
 #   1. update.step: raise for a norm that is not finite after the updates
 #   2. AdamMini._updates: count in place, state["step"].add_(taken), under capturable
-#   3. _check_gradient: let sparse gradients pass
+#   3. places.check_gradient: let sparse gradients pass
 #   4. AdamMini.add_param_group: do not take the group back
 #   5. BlockLayout.validate: compare the number of entries alone
 #   6. AdamMini._parts: step a parameter whatever its shape has become
