@@ -33,6 +33,7 @@ from .sharding import (
     is_flattened,
     local_part,
     moment_placements,
+    on_other_megatron_ranks,
     second_moments,
 )
 from .update import Numbering, Update
@@ -54,7 +55,8 @@ class AdamMini(Optimizer):
     A parameter without a gradient is skipped, and NaN gradients are not hidden. The state of each
     parameter is `exp_avg` (its shape), `exp_avg_sq` (`layout.state_shape`) and `step`; second
     moments are fp32, also for fp16 and bf16 parameters, and float64 for float64 parameters.
-    DTensors (FSDP2, tensor parallelism) are updated shard by shard with the means of whole blocks.
+    DTensors (FSDP2, tensor parallelism) and the weights of Megatron-core's tensor-parallel layers
+    are updated shard by shard with the means of whole blocks.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts, as for every torch optimizer.
@@ -252,6 +254,13 @@ class AdamMini(Optimizer):
         return params
 
     def _new_places(self, group: dict[str, Any]) -> dict[Tensor, Place]:
+        whole = self.max_grad_norm is not None or self.error_if_nonfinite
+        if whole and any(map(on_other_megatron_ranks, group["params"])):
+            raise ValueError(
+                "max_grad_norm, error_if_nonfinite: expected neither where Megatron has pipeline "
+                "stages or experts on other ranks, whose norms are not added up here; clip with "
+                "megatron.core.optimizer.clip_grads"
+            )
         return places_of(group, self.blocks, self.shards, len(self._places))
 
     def layout(self, param: Tensor) -> BlockLayout:

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .layouts import BlockLayout, BlockMap, geometric_layout
 from .pieces import Plan, Shard, make_plan
-from .sharding import block_name, dtensor_shard, is_cut_by_megatron, is_dtensor, is_flattened
+from .sharding import (
+    block_name,
+    cut_by_megatron,
+    dtensor_shard,
+    is_dtensor,
+    is_flattened,
+    megatron_group,
+)
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,12 @@ def places_of(
             entry = blocks[key]
             layout = entry if isinstance(entry, BlockLayout) else entry.layout
         layout.validate(name, whole)
-        if shard is None and is_cut_by_megatron(param, layout):
-            raise ValueError(
-                f"parameter {name!r}: expected whole blocks ({layout.rule}), found them cut "
-                "over Megatron's tensor-parallel ranks, which this version does not add up; "
-                "use elementwise blocks for it: blocks.edited({...})"
-            )
         number = first + len(places)
         with torch.device("cpu"):  # whatever the default device is
             plan = make_plan(layout, shard)
+            group = None if shard else megatron_group(param)
+            if group is not None:
+                plan = cut_by_megatron(plan, layout, param, group)
         places[param] = Place(
             name,
             number,

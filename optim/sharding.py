@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layouts import BlockLayout, BlockMap
-from .pieces import Intervals, Shard
+from .pieces import Intervals, Plan, Shard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -152,18 +153,40 @@ def is_flattened(param: Tensor) -> bool:
     return getattr(param, "_fsdp_flattened", False)
 
 
-def is_cut_by_megatron(param: Tensor, layout: BlockLayout) -> bool:
-    """Whether Megatron-core has cut blocks of this plain local tensor over tensor-parallel ranks.
+def megatron_group(param: Tensor) -> Any:
+    """The process group over which Megatron-core has cut this plain local tensor; None if whole."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    marked = getattr(param, "tensor_model_parallel", False)  # weights without a cut may be, too
+    if not marked or state is None or not state.model_parallel_is_initialized():
+        return None
+    if getattr(param, "allreduce", True):
+        group = state.get_tensor_model_parallel_group()
+    else:  # an expert's
+        group = state.get_expert_tensor_parallel_group()
+    return group if group.size() > 1 else None
 
-    Rows of a column-parallel weight are whole; those of a row-parallel one go on on other ranks.
+
+def cut_by_megatron(plan: Plan, layout: BlockLayout, param: Tensor, group: Any) -> Plan:
+    """The plan of a local tensor whose blocks may go on on other tensor-parallel ranks.
+
+    Rows of a column-parallel weight are whole; those of a row-parallel one are cut.
     """
-    if not getattr(param, "tensor_model_parallel", False) or layout.kind == "elementwise":
+    kept = {*range(layout.stacked), layout.unit_dim} if layout.kind in ("row", "column") else set()
+    if layout.kind == "elementwise" or param.partition_dim in kept:  # type: ignore[attr-defined]
+        return replace(plan, groups=(group,))
+    lengths = plan.lengths * group.size()  # Megatron cuts evenly
+    return replace(plan, lengths=lengths, reduce=(group,), groups=(group,), one_pass=False)
+
+
+def on_other_megatron_ranks(param: Tensor) -> bool:
+    """Whether other ranks have parameters, pipeline stages or experts, that this rank has not."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if not hasattr(param, "tensor_model_parallel") or state is None:
         return False
-    state = sys.modules.get("megatron.core.parallel_state")  # it marks weights without a cut too
-    if state is None or state.get_tensor_model_parallel_world_size() < 2:
-        return False
-    kept = {*range(layout.stacked), layout.unit_dim} if layout.kind != "whole" else set()
-    return param.partition_dim not in kept
+    return state.model_parallel_is_initialized() and (
+        state.get_pipeline_model_parallel_world_size() > 1
+        or state.get_expert_model_parallel_world_size() > 1
+    )
 
 
 def flat_shards(model: nn.Module) -> dict[Tensor, Shard]:

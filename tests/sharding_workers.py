@@ -43,6 +43,7 @@ from sharding_flat_checks import (
     check_gradients_that_some_ranks_lack,
     check_rounding,
 )
+from sharding_megatron_checks import check_megatron
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import fully_shard
@@ -348,6 +349,7 @@ CHECKS = [
             check_partial_sums_are_refused,
             check_state_of_another_kind_is_refused,
             check_fsdp1_of_flat_parameters_is_refused,
+            check_megatron,
             check_save,
         ],
     ),
@@ -359,6 +361,7 @@ CHECKS = [
             check_fsdp2,
             check_hsdp,
             check_fsdp1_with_copies_of_shards,
+            check_megatron,
             check_cut_of_two_dims,
             check_fsdp_over_tensor_parallelism,
         ],

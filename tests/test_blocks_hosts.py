@@ -195,14 +195,15 @@ def test_megatron_heads(gpt, size, config, rule):
     assert all(layout.block_lengths()[b] == layout.unit_length for b in rest)
 
 
-def test_blocks_cut_over_megatron_ranks_are_refused(gpt):
-    """Row-parallel weights: their output neurons go on on the other rank."""
+def test_clipping_is_refused_where_megatron_has_experts_on_other_ranks(gpt, monkeypatch):
+    from megatron.core import parallel_state
+
     model = gpt(2)
-    blocks = infer_blocks(model, "rows")
-    with pytest.raises(ValueError, match=r"linear_proj.weight': expected whole blocks \(row\)"):
-        AdamMini.for_model(model)
-    rules = {f"*{name}.weight": "elementwise" for name in ("linear_proj", "linear_fc2")}
-    AdamMini.for_model(model, blocks=blocks.edited(rules))
+    AdamMini.for_model(model, max_grad_norm=1.0)
+    monkeypatch.setattr(parallel_state, "get_expert_model_parallel_world_size", lambda: 2)
+    AdamMini.for_model(model)
+    with pytest.raises(ValueError, match=r"max_grad_norm, .* pipeline stages or experts on other"):
+        AdamMini.for_model(model, max_grad_norm=1.0)
 
 
 def test_without_tensor_parallelism_megatron_cuts_nothing(gpt):
