@@ -182,11 +182,12 @@ def torchao(model: nn.Module) -> Optimizer:
 
 
 PROVIDERS = {
+    "snr": ours("trimtab, snr (default)", preset="snr"),
     "rows": ours("trimtab, rows", preset="rows"),
     "paper": ours("trimtab, paper", preset="paper"),
-    "snr": ours("trimtab, snr", preset="snr"),
-    "bf16-momentum": ours("trimtab, rows, bf16 momentum", momentum_dtype=torch.bfloat16),
-    "pytorch-alone": ours("trimtab, rows, PyTorch alone", fused=False),
+    "bf16-momentum": ours("trimtab, snr, bf16 momentum", momentum_dtype=torch.bfloat16),
+    "snr-pytorch": ours("trimtab, snr, PyTorch alone", preset="snr", fused=False),
+    "rows-pytorch": ours("trimtab, rows, PyTorch alone", preset="rows", fused=False),
     "adamw-fused": Provider("torch AdamW, fused", lambda model: adamw(model, fused=True), 28),
     "adamw-foreach": Provider("torch AdamW, foreach", lambda model: adamw(model, foreach=True)),
     "sgd-momentum": Provider("torch SGD with momentum, fused", sgd, 20),

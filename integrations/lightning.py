@@ -38,7 +38,7 @@ class AdamMiniCallback(Callback):
     Checkpoints hold its state and its blocks; resuming with other blocks is refused.
 
     Args:
-        preset: "rows", "paper" or "snr", see `infer_blocks`.
+        preset: "snr", "rows" or "paper", see `infer_blocks`.
         betas: replaces the groups' betas; None keeps them (AdamMini's default if they have none).
         eps: likewise.
         strict: refuse parameters of unknown role, see `infer_blocks`.
@@ -53,7 +53,7 @@ class AdamMiniCallback(Callback):
 
     def __init__(
         self,
-        preset: Preset = "rows",
+        preset: Preset = "snr",
         *,
         betas: tuple[float, float] | None = None,
         eps: float | None = None,

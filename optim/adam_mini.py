@@ -91,7 +91,7 @@ class AdamMini(Optimizer):
             or sparse, that are partial sums (DTensor), or flattened by FSDP1 and not in `shards`.
 
     Source: arXiv 2406.16793, the update rule. Differs from the paper: blocks come from modules and
-        shapes, the default is by row, and norms and biases are elementwise.
+        shapes, `for_model` cuts some matrices by input neuron, norms and biases are elementwise.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class AdamMini(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        preset: Preset = "rows",
+        preset: Preset = "snr",
         strict: bool = False,
         no_decay_1d: bool = True,
         **options: Any,
@@ -184,7 +184,7 @@ class AdamMini(Optimizer):
         Args:
             model: any module; parameters that require a gradient are grouped by their decay.
             lr, betas, eps, weight_decay: as in AdamMini.
-            preset, strict: as in `infer_blocks`.
+            preset, strict: as in `infer_blocks`, for `blocks`.
             no_decay_1d: no weight decay for parameters below 2 dimensions (norms, biases, scalars).
             options: any other argument of AdamMini; `blocks` replaces what `infer_blocks` says.
 

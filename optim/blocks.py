@@ -1,10 +1,11 @@
 """From a model to its BlockMap: which entries of each parameter share one second moment.
 
 Three presets, read from the modules and never from parts of parameter names:
-    rows   every matrix by output neuron, channel or token
+    snr    every matrix by output neuron, channel or token, but for values and the ways back to the
+           residual stream (attention output, the down projection): by input neuron, along which
+           AdamW's second moments are flattest. The default: least loss in benchmarks/README.md
+    rows   all by output neuron, channel or token
     paper  the same, but for queries and keys: by head
-    snr    the same, but for values and the ways back to the residual stream (attention output, the
-           down projection): by input neuron, along which AdamW's second moments are flattest
 Norms, biases, vectors and scalars are elementwise in all of them.
 
 Source: arXiv 2406.16793, the partition principle; the authors' package matches names instead.
@@ -20,7 +21,7 @@ from .block_roles import Role, find_roles
 from .block_storage import Storage, class_name, find_storage
 from .layouts import BlockEntry, BlockLayout, BlockMap, Kind
 
-Preset = Literal["rows", "paper", "snr"]
+Preset = Literal["snr", "rows", "paper"]
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _BY_INPUT = ("v", "o", "down")  # under snr
 _OTHER: dict[str, Kind] = {"row": "column", "column": "row"}
 
 
-def infer_blocks(model: nn.Module, preset: Preset = "rows", *, strict: bool = False) -> BlockMap:
+def infer_blocks(model: nn.Module, preset: Preset = "snr", *, strict: bool = False) -> BlockMap:
     """Reads the block layout of every parameter from the module that owns it.
 
     Knows the layers of torch, attention and feed-forward blocks of transformers, megatron-core
@@ -40,7 +41,7 @@ def infer_blocks(model: nn.Module, preset: Preset = "rows", *, strict: bool = Fa
 
     Args:
         model: any module, on any device (meta too); DTensors count with their global shape.
-        preset: "rows", "paper" or "snr".
+        preset: "snr", "rows" or "paper".
         strict: refuse, instead of logging once, parameters of unknown role, which are cut by row.
 
     Returns:

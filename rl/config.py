@@ -157,7 +157,7 @@ class UpdateConfig:
 
     Args:
         optimizer: `adam_mini` (one second moment per block) or `adamw`.
-        blocks: partition preset of adam_mini.
+        blocks: partition preset of adam_mini, see `infer_blocks`.
         lr: learning rate.
         lr_warmup: updates of linear warm-up.
         betas: decay rates of the moments.
@@ -182,7 +182,7 @@ class UpdateConfig:
     """
 
     optimizer: Literal["adam_mini", "adamw"] = "adam_mini"
-    blocks: Literal["rows", "paper", "snr"] = "rows"
+    blocks: Literal["snr", "rows", "paper"] = "snr"
     lr: float = 1e-4
     lr_warmup: int = 5
     betas: tuple[float, float] = (0.9, 0.95)
