@@ -30,6 +30,11 @@ except ImportError:
 
 _logger = logging.getLogger(__name__)
 
+# Of the whole optimizer, not of a group.
+_OPTIONS = frozenset(
+    ("momentum_dtype", "stochastic_rounding", "seed", "max_grad_norm", "error_if_nonfinite")
+)
+
 
 class AdamMiniCallback(Callback):
     """Replaces the optimizer of the LightningModule by AdamMini when a fit starts.
@@ -42,8 +47,12 @@ class AdamMiniCallback(Callback):
         betas: replaces the groups' betas; None keeps them (AdamMini's default if they have none).
         eps: likewise.
         strict: refuse parameters of unknown role, see `infer_blocks`.
+        blocks: a map for the module, instead of that of `preset`.
+        options: of AdamMini: momentum_dtype, stochastic_rounding, seed, max_grad_norm (instead of
+            the Trainer's gradient_clip_val), error_if_nonfinite.
 
     Raises:
+        TypeError: another option.
         ValueError: on fit start, for a second such callback, an optimizer that is an AdamMini
             already or that uses amsgrad, parameters that are not the module's, or a checkpoint with
             other blocks.
@@ -58,11 +67,21 @@ class AdamMiniCallback(Callback):
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         strict: bool = False,
+        blocks: BlockMap | None = None,
+        **options: Any,
     ) -> None:
+        unknown = options.keys() - _OPTIONS
+        if unknown:
+            raise TypeError(
+                f"options: expected some of {sorted(_OPTIONS)}, found {sorted(unknown)}; for "
+                "others return an AdamMini from configure_optimizers"
+            )
         self.preset = preset
         self.betas = betas
         self.eps = eps
         self.strict = strict
+        self.given_blocks = blocks
+        self.options = options
         self.blocks: BlockMap | None = None
         self._checkpoint_blocks: BlockMap | None = None
 
@@ -77,7 +96,7 @@ class AdamMiniCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Here the strategy has made optimizers and schedulers, and a checkpoint has not yet filled
         # them.
-        self.blocks = infer_blocks(pl_module, self.preset, strict=self.strict)
+        self.blocks = self.given_blocks or infer_blocks(pl_module, self.preset, strict=self.strict)
         self._check_blocks()
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         old = list(trainer.strategy.optimizers)
@@ -96,7 +115,7 @@ class AdamMiniCallback(Callback):
             group.update({key: value for key, value in chosen.items() if value is not None})
             group.update(fused=None, foreach=None)  # the old optimizer's choice says nothing here
         # The constructor keeps the very dicts, so whoever holds on to one still sets the lr in use.
-        new = AdamMini(optimizer.param_groups, blocks=self.blocks)
+        new = AdamMini(optimizer.param_groups, blocks=self.blocks, **self.options)
         new.known_names = names
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             # Schedulers wrap `step` to see that it is called; this one does so too and leaves the

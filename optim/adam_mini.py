@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..triton_kernels.adam_mini import rounding_key
-from .blocks import Preset, infer_blocks
+from .blocks import Preset, infer_blocks, vector_names
 from .hyper import check_hyperparameters, hyper_row, hyper_rows_on_device, is_number
 from .layouts import BlockLayout, BlockMap
 from .pieces import Shard
@@ -185,7 +185,8 @@ class AdamMini(Optimizer):
             model: any module; parameters that require a gradient are grouped by their decay.
             lr, betas, eps, weight_decay: as in AdamMini.
             preset, strict: as in `infer_blocks`, for `blocks`.
-            no_decay_1d: no weight decay for parameters below 2 dimensions (norms, biases, scalars).
+            no_decay_1d: no weight decay for norms, biases and other vectors, also where their shape
+                has 2 dimensions (the biases of experts).
             options: any other argument of AdamMini; `blocks` replaces what `infer_blocks` says.
 
         Returns:
@@ -201,7 +202,11 @@ class AdamMini(Optimizer):
             options["shards"] = flat_shards(model)
         shards = options.get("shards") or {}
         shapes = [shards[p].shape if p in shards else p.shape for _, p in named]
-        exempt = [no_decay_1d and len(shape) < 2 for shape in shapes]
+        vectors = vector_names(model)
+        exempt = [
+            no_decay_1d and (len(shape) < 2 or (name in vectors and param not in shards))
+            for (name, param), shape in zip(named, shapes, strict=True)
+        ]
         groups = [
             {"params": [pair for pair, free in zip(named, exempt, strict=True) if not free]},
             {
@@ -234,9 +239,10 @@ class AdamMini(Optimizer):
             check_hyperparameters({**self.defaults, **param_group})
             if not param_group.keys().isdisjoint(("blocks", "max_grad_norm", "error_if_nonfinite")):
                 raise ValueError(
-                    "params: expected groups without options of the whole optimizer, found "
-                    f"{sorted(param_group)}; ZeroRedundancyOptimizer needs "
-                    "functools.partial(AdamMini, blocks=...), and clipping by clip_grad_norm_"
+                    "params: expected options of the whole optimizer beside its groups, found "
+                    f"{sorted(param_group)} in one; under ZeroRedundancyOptimizer use "
+                    "functools.partial(AdamMini, blocks=parameter_layouts(model, blocks)), and "
+                    "clip_grad_norm_"
                 )
             if self.param_groups and "param_names" in self.param_groups[0]:
                 param_group["params"] = self._with_names(param_group["params"])
@@ -450,8 +456,10 @@ class AdamMini(Optimizer):
         return updates
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every torch optimizer. Moments of flat shards (FSDP1) come in fp32, the second ones
-        entry by entry: `FSDP.optim_state_dict` takes only what is cut as the parameter is.
+        """As of every torch optimizer, and `blocks`: the rules of its parameters, group by group.
+
+        Moments of flat shards (FSDP1) come in fp32, the second ones entry by entry:
+        `FSDP.optim_state_dict` takes only what is cut as the parameter is.
         """
         saved = super().state_dict()
         state = dict(saved["state"])
@@ -461,7 +469,8 @@ class AdamMini(Optimizer):
                 if plan.flat and own:
                     v = plan.spread(own["exp_avg_sq"]).view(param.shape)
                     state[key] = {**own, "exp_avg": own["exp_avg"].to(v.dtype), "exp_avg_sq": v}
-        return {**saved, "state": state}
+        blocks = [[self._place(p).layout.rule for p in g["params"]] for g in self.param_groups]
+        return {**saved, "state": state, "blocks": blocks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; moments keep the dtypes of this optimizer.
@@ -507,7 +516,10 @@ class AdamMini(Optimizer):
     def _loaded_moments(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
         """The moments in `state_dict` by parameter; groups and shapes checked."""
         moments = {}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        rules = state_dict.get("blocks")  # hosts may have dropped them
+        for g, (group, saved) in enumerate(
+            zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ):
             missing = {"lr", "betas", "eps", "weight_decay"} - saved.keys()
             if missing:
                 raise ValueError(
@@ -515,9 +527,14 @@ class AdamMini(Optimizer):
                     "saved by another optimizer"
                 )
             check_hyperparameters({**self.defaults, **saved})
-            for param, key in zip(group["params"], saved["params"], strict=False):
+            for i, (param, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
                 state = state_dict["state"].get(key, {})
                 place, cut = self._place(param), cut_of(param)
+                if rules and rules[g][i] != place.layout.rule:
+                    raise ValueError(
+                        f"state_dict: parameter {place.name!r} has blocks {place.layout.rule!r} "
+                        f"here, found {rules[g][i]!r}"
+                    )
                 if state and not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
                     raise ValueError(
                         f"state_dict: expected step, exp_avg and exp_avg_sq of parameter "
@@ -542,7 +559,8 @@ class AdamMini(Optimizer):
                         raise ValueError(
                             f"state_dict: {moment} of parameter {place.name!r} (blocks: "
                             f"{place.layout.rule}) expects shape {shape}, found {found}: saved "
-                            "with other blocks, or by another optimizer"
+                            "with other blocks, or by another optimizer (from_adamw_state and "
+                            "from_authors_state convert)"
                         )
                 moments[param] = {moment: state[moment] for moment in expected if moment in state}
                 if place.plan.flat and moments[param]:

@@ -145,6 +145,10 @@ def block_stats(
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         v = (full.to_dense() if full.is_sparse else full).double()
         lines[name] = _line_snr(v.square() if gradients else v, layout)
+    if not lines:
+        raise ValueError(
+            "source: expected matrices with one second moment an entry (AdamW's), found none"
+        )
     return BlockStats(lines)
 
 

@@ -85,6 +85,17 @@ def infer_blocks(model: nn.Module, preset: Preset = "snr", *, strict: bool = Fal
     return BlockMap(entries)
 
 
+def vector_names(model: nn.Module) -> set[str]:
+    """Names of the parameters whose entries share nothing: norms, biases, vectors, scalars."""
+    storage = find_storage(model)
+    return {
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        if storage[module, key].axis is None
+    }
+
+
 def _entry(
     module: nn.Module, parameter: nn.Parameter, stored: Storage, role: Role | None, preset: Preset
 ) -> BlockEntry:

@@ -7,8 +7,8 @@ gradients. The way back gives every entry the moment of its block.
 Source: arXiv 2406.16793, the update rule; layout of the authors' state: adam-mini 1.1.1.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ def from_adamw_state(
     """What `optimizer.load_state_dict` takes, from the state of torch's Adam or AdamW.
 
     Parameters are matched by name if both sides have names, else by position; the groups need not
-    be the same. Hyper-parameters stay those of `optimizer`.
+    be the same. Hyper-parameters stay those of `optimizer`, but for lr and, where a scheduler left
+    it, initial_lr: with the scheduler's own state the schedule goes on. A scheduler with a value
+    per group (LambdaLR) needs the same groups.
 
     Args:
         optimizer: over the same model; not changed.
@@ -36,12 +38,12 @@ def from_adamw_state(
         A state dict: exp_avg as it is, exp_avg_sq averaged over the blocks, step.
 
     Raises:
-        ValueError: amsgrad state, or parameters, names or shapes that do not correspond.
+        ValueError: amsgrad state, parameters, names or shapes that do not correspond, or several
+            rates for what is one group of `optimizer`.
 
     Source: arXiv 2406.16793, the update rule, which is linear in g^2.
     """
-    saved = _saved_states(state_dict, names)
-    return _converted(optimizer, saved, _from_adamw)
+    return _converted(optimizer, _saved(state_dict, names), _from_adamw)
 
 
 def from_authors_state(optimizer: AdamMini, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -53,10 +55,12 @@ def from_authors_state(optimizer: AdamMini, state_dict: dict[str, Any]) -> dict[
             with its name in lower case.
 
     Returns:
-        A state dict. Second moments are those of the authors' blocks, averaged over ours.
+        A state dict. Second moments are those of the authors' blocks, averaged over ours; rates as
+        in `from_adamw_state`.
 
     Raises:
-        ValueError: parameters, names or shapes that do not correspond.
+        ValueError: parameters, names or shapes that do not correspond, or several rates for what
+            is one group of `optimizer`.
 
     Source: the state of adam-mini 1.1.1, by the authors of arXiv 2406.16793.
     """
@@ -67,7 +71,7 @@ def from_authors_state(optimizer: AdamMini, state_dict: dict[str, Any]) -> dict[
                 "state_dict: expected one named parameter per group, as Adam_mini makes them, "
                 f"found a group with {sorted(group)} and {len(group['params'])} parameters"
             )
-        saved[group["name"]] = state_dict["state"].get(group["params"][0], {})
+        saved[group["name"]] = _Saved(state_dict["state"].get(group["params"][0], {}), group)
     return _converted(optimizer, saved, _from_authors, rename=str.lower)
 
 
@@ -101,14 +105,21 @@ def to_adamw_state(optimizer: AdamMini) -> dict[str, Any]:
                 "exp_avg": old["exp_avg"].to(v.dtype).clone(),
                 "exp_avg_sq": v.clone(),
             }
-    return {**state_dict, "state": state}
+    return {"state": state, "param_groups": state_dict["param_groups"]}
 
 
-def _saved_states(
-    state_dict: dict[str, Any], names: Sequence[str] | None
-) -> dict[str | int, dict[str, Any]]:
-    """State by name, or by position if there are no names."""
-    keys, own = [], []
+class _Saved(NamedTuple):
+    """What a checkpoint has of one parameter: its state, which may be empty, and its group."""
+
+    state: dict[str, Any]
+    group: dict[str, Any]
+
+
+def _saved(state_dict: dict[str, Any], names: Sequence[str] | None) -> dict[str | int, _Saved]:
+    """By name, or by position if there are no names."""
+    keys, own, groups = [], [], []
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict: expected a dict, found {type(state_dict).__name__}")
     if not state_dict.keys() >= {"state", "param_groups"}:
         raise ValueError(
             f"state_dict: expected state and param_groups of an Adam, found {sorted(state_dict)}"
@@ -119,6 +130,7 @@ def _saved_states(
         if group.get("amsgrad"):
             raise ValueError("state_dict: expected amsgrad=False, found True")
         keys += group["params"]
+        groups += [group] * len(group["params"])
         own += group.get("param_names", [])
     if names is None:
         names = own or range(len(keys))  # type: ignore[assignment]
@@ -126,12 +138,15 @@ def _saved_states(
         raise ValueError(
             f"names: expected one for each of {len(keys)} parameters, found {len(names)}"
         )
-    return {name: state_dict["state"].get(key, {}) for name, key in zip(names, keys, strict=True)}
+    return {
+        name: _Saved(state_dict["state"].get(key, {}), group)
+        for name, key, group in zip(names, keys, groups, strict=True)
+    }
 
 
 def _converted(
     optimizer: AdamMini,
-    saved: dict[Any, dict[str, Any]],
+    saved: dict[Any, _Saved],
     convert: Callable[[Tensor, BlockLayout, dict[str, Any]], tuple[Tensor, Tensor]],
     rename: Callable[[str], str] = str,
 ) -> dict[str, Any]:
@@ -149,9 +164,10 @@ def _converted(
             f"state_dict: expected the {len(params)} parameters of the optimizer, found "
             f"{len(saved)}; in one of them only: {different}"
         )
-    state = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    hint = "" if by_name else "; matched by position: pass names= in the order of the old optimizer"
     for number, (key, param) in enumerate(zip(keys, params, strict=True)):
-        old = saved[key]
+        old = saved[key].state
         if not old:
             continue
         layout = optimizer.layout(param)
@@ -160,7 +176,7 @@ def _converted(
         except (KeyError, RuntimeError) as error:
             raise ValueError(
                 f"state_dict: expected moments of parameter {key!r} with shape "
-                f"{tuple(param.shape)}, found {_shapes(old)}"
+                f"{tuple(param.shape)}, found {_shapes(old)}{hint}"
             ) from error
         if "step" not in old:
             raise ValueError(f"state_dict: expected step of parameter {key!r}, found {sorted(old)}")
@@ -170,7 +186,28 @@ def _converted(
             "exp_avg": exp_avg.clone(),
             "exp_avg_sq": _averaged(param, layout, v),
         }
-    return {**optimizer.state_dict(), "state": state}
+    groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        mine, keys = keys[: len(group["params"])], keys[len(group["params"]) :]
+        groups.append({**group, **_rates(group, [saved[key].group for key in mine])})
+    return {**optimizer.state_dict(), "param_groups": groups, "state": state}
+
+
+def _rates(group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """lr and initial_lr of the saved groups, for one group."""
+    rates: dict[str, Any] = {}
+    for name in ("lr", "initial_lr"):
+        values = {float(old[name]) for old in saved if name in old}
+        if len(values) > 1:
+            raise ValueError(
+                f"optimizer: expected groups whose parameters had one {name} each, found "
+                f"{sorted(values)} in one group"
+            )
+        if values:
+            rate = values.pop()
+            own = group.get(name)
+            rates[name] = torch.full_like(own, rate) if isinstance(own, Tensor) else rate
+    return rates
 
 
 def _from_adamw(param: Tensor, layout: BlockLayout, old: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ own where it has none; their number changes no bit of the result.
 
 `load` compiles adam_mini_step.cpp at the first use with $CXX, c++, g++ or clang++ (three seconds)
 and keeps the library in $XDG_CACHE_HOME/trimtab or ~/.cache/trimtab, under a hash of what it was
-compiled from, by and for, and one of its contents. Where that fails `why_not` returns the reason.
+compiled from and for, and one of its contents. Where that fails `why_not` returns the reason.
 
 Cost: the bytes that triton_kernels/adam_mini.py names; `one_pass` takes columns too, and reads the
 gradient twice there and in rows of more than 2^19 entries. And about 2 us of Python a work.
@@ -154,7 +154,11 @@ def _table(
         dtypes = p.dtype, g.dtype, m.dtype, v.dtype
         types = _TYPES.get(dtypes)
         if types is None or (dtypes[0] == _F64) != wide:
-            found = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            names = ("param", "grad", "exp_avg", "exp_avg_sq")
+            found = ", ".join(
+                f"{name} {str(dtype).removeprefix('torch.')}"
+                for name, dtype in zip(names, dtypes, strict=True)
+            )
             raise ValueError(f"works: no native form takes {found}, or fp64 beside another dtype")
         if kind == "row":
             batch, (rows, columns) = 1, shape
@@ -195,15 +199,21 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         if os.name != "posix":
             raise RuntimeError(f"not made for {platform.system()}")
-        compiler = _compiler()
         try:
-            return _loaded(compiler, _cache_folder()), None
+            return _loaded(_cache_folder()), None
         except OSError as error:
-            _logger.warning("no cache for the native Adam-mini step: %s", error)
+            _logger.warning(
+                "every process compiles the native Adam-mini step anew, for want of a cache: %s; "
+                "set XDG_CACHE_HOME to a folder of yours",
+                error,
+            )
             with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-                return _loaded(compiler, Path(folder)), None
+                return _loaded(Path(folder)), None
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        _logger.warning("Adam-mini on the CPU stays in PyTorch, without its native step: %s", error)
+        _logger.warning(
+            "Adam-mini on the CPU stays in PyTorch, at about twice the time of its native step: %s",
+            error,
+        )
         return None, f"no native library: {error}"
 
 
@@ -214,12 +224,12 @@ def _pool() -> int | None:
     return ctypes.cast(function, ctypes.c_void_p).value if function else None
 
 
-def _compiler() -> list[str]:
+def _compiler() -> list[str] | None:
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         words = shlex.split(command)
         if words and shutil.which(words[0]):
             return words
-    raise RuntimeError("found no C++ compiler ($CXX, c++, g++, clang++)")
+    return None
 
 
 def _cache_folder() -> Path:
@@ -233,15 +243,21 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
+def _loaded(folder: Path) -> ctypes.CDLL:
     """The library for this machine in `folder`, compiled if it is not there intact."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60).stdout
-    made_of = (_SOURCE.read_bytes(), compiler, version, _FLAGS, _FOR_THIS_CPU, _machine())
+    made_of = (_SOURCE.read_bytes(), _FLAGS, _FOR_THIS_CPU, _machine())
     stem = f"adam_mini_step-{_hash(repr(made_of).encode())}"
-    for path in sorted(folder.glob(f"{stem}-*.so")):
-        if path.stat().st_uid == os.geteuid() and path.stem == f"{stem}-{_hash(path.read_bytes())}":
+    compiler = _compiler()
+    if compiler:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60).stdout
+        stem += f"-{_hash(repr((compiler, version)).encode())}"
+    for path in sorted(folder.glob(f"{stem}-*.so")):  # without a compiler: any that was here once
+        contents = path.stem.rpartition("-")[2]
+        if path.stat().st_uid == os.geteuid() and contents == _hash(path.read_bytes()):
             break
     else:
+        if not compiler:
+            raise RuntimeError("found no C++ compiler ($CXX, c++, g++, clang++)")
         path = _compiled(compiler, folder, stem)
         _logger.info("compiled %s with %s", path, shlex.join(compiler))
     library = ctypes.CDLL(str(path))

@@ -44,7 +44,8 @@ def places_of(
     by_name = bool(blocks) and all(isinstance(key, str) for key in blocks)
     if by_name and names is None:
         raise ValueError(
-            "blocks: expected named parameters (model.named_parameters()), found no names"
+            "blocks: expected named parameters (model.named_parameters()), found no names; where "
+            "only parameters can be passed, give blocks=parameter_layouts(model, blocks)"
         )
     if names is not None and len(names) != len(group["params"]):
         raise ValueError(

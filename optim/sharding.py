@@ -271,7 +271,8 @@ def parameter_layouts(model: nn.Module, blocks: BlockMap) -> dict[Tensor, BlockL
 def block_name(name: str, blocks: Mapping[str, Any]) -> str | None:
     """The name under which `blocks` has a parameter, also if wrappers have changed it since."""
     bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    names = (name, bare, bare.removeprefix("module."))  # the last is DDP's
+    # The third is DDP's; the others are of blocks that were read from the wrapped model.
+    names = (name, bare, bare.removeprefix("module."), f"module.{bare}", f"_orig_mod.{bare}")
     return next((key for key in names if key in blocks), None)
 
 

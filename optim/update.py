@@ -291,7 +291,7 @@ def _backend(update: Update) -> Any:
         raise ValueError(f"fused: expected tensors that a kernel can update, found {reason}")
     if reason not in _told:
         _told.add(reason)
-        _logger.info("AdamMini steps in plain PyTorch: %s", reason)
+        _logger.warning("AdamMini steps in plain PyTorch: %s", reason)
     return _REFERENCE
 
 

@@ -15,6 +15,7 @@ from adam_mini_cases import (
     run_definition,
     small_model,
 )
+from architectures import tiny
 from closeness import assert_as_close_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -290,6 +291,15 @@ def test_for_model_groups():
     whole = BlockMap({n: (BlockLayout("whole", tuple(p.shape)), "") for n, p in named.items()})
     model = small_model()
     assert AdamMini.for_model(model, blocks=whole).layout(model[0].weight).kind == "whole"
+
+
+def test_vectors_of_two_dimensions_are_not_decayed():
+    model = tiny("gpt-oss")
+    optimizer = AdamMini.for_model(model, weight_decay=0.1)
+    free = {n for g in optimizer.param_groups if not g["weight_decay"] for n in g["param_names"]}
+    biases = {n for n, p in model.named_parameters() if n.endswith("bias") and p.ndim == 2}
+    assert biases and biases < free
+    assert not any(model.get_parameter(n).ndim == 3 for n in free)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])

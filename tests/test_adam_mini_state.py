@@ -140,6 +140,19 @@ def test_a_state_dict_is_plain_and_its_optimizer_can_be_printed():
     assert isinstance(group["lr"], float)
 
 
+def test_blocks_of_other_shape_but_as_many_are_refused():
+    """Rows and columns of a square matrix have equally many second moments."""
+    model = nn.Linear(8, 8)
+    by_row = infer_blocks(model)
+    rows = AdamMini(model.named_parameters(), blocks=by_row)
+    columns = AdamMini(model.named_parameters(), blocks=by_row.edited({"weight": "column"}))
+    give_gradients(model.parameters(), 0)
+    rows.step()
+    with pytest.raises(ValueError, match="'weight' has blocks 'column' here, found 'row'"):
+        columns.load_state_dict(rows.state_dict())
+    assert not columns.state
+
+
 def test_named_and_unnamed_runs_load_each_other():
     saved = {}
     for named in (False, True):

@@ -61,6 +61,40 @@ def test_adamw_state_becomes_what_adam_mini_would_have_kept(model, preset, named
     assert fresh.state[fresh.param_groups[0]["params"][0]]["step"] == 6
 
 
+def test_the_schedule_goes_on(model):
+    """A recursive scheduler multiplies the rate that the group has: it must be the old one."""
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    adamw = torch.optim.AdamW(model.named_parameters(), **SETTINGS)
+    schedule = cosine(adamw, 20)
+    for _ in range(12):
+        train(model, [adamw], steps=1)
+        schedule.step()
+    saved = copy.deepcopy((adamw.state_dict(), schedule.state_dict()))
+    ours = over_copy(model, lambda m: AdamMini.for_model(m, **SETTINGS))
+    next_schedule = cosine(ours, 20)
+    next_schedule.load_state_dict(saved[1])
+    ours.load_state_dict(from_adamw_state(ours, saved[0]))
+    for _ in range(5):
+        rates = [group["lr"] for group in ours.param_groups]
+        assert rates == pytest.approx([adamw.param_groups[0]["lr"]] * 2)
+        for optimizer, scheduler in ((adamw, schedule), (ours, next_schedule)):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_rates_that_one_group_cannot_have_are_refused():
+    a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))
+    adamw = torch.optim.AdamW([{"params": [a], "lr": 1e-2}, {"params": [b], "lr": 1e-3}])
+    a.grad, b.grad = torch.randn(4, 3), torch.randn(5)
+    adamw.step()
+    with pytest.raises(ValueError, match=r"one lr each, found \[0.001, 0.01\] in one group"):
+        from_adamw_state(AdamMini([a, b]), adamw.state_dict())
+    ours = AdamMini([{"params": [a]}, {"params": [b]}], lr=torch.tensor(1.0))
+    ours.load_state_dict(from_adamw_state(ours, adamw.state_dict()))
+    assert [float(group["lr"]) for group in ours.param_groups] == pytest.approx([1e-2, 1e-3])
+    assert all(isinstance(group["lr"], torch.Tensor) for group in ours.param_groups)
+
+
 def test_positions_match_where_nobody_has_names():
     a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))
     adamw = torch.optim.AdamW([a, b])
@@ -174,6 +208,17 @@ def test_what_does_not_correspond_is_named(model):
     wrong["state"][0]["exp_avg_sq"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' with shape \(64, 32\)"):
         from_adamw_state(ours, wrong)
+    with pytest.raises(ValueError, match="state_dict: expected a dict, found AdamW"):
+        from_adamw_state(ours, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="state_dict: expected groups of an Adam"):
+        from_adamw_state(ours, torch.optim.SGD(model.named_parameters(), lr=1.0).state_dict())
+    with pytest.raises(ValueError, match="pass names= in the order of the old optimizer"):
+        unnamed = torch.optim.AdamW(model.parameters())
+        train_unnamed = [torch.zeros_like(p) for p in model.parameters()]
+        for p, grad in zip(model.parameters(), train_unnamed, strict=True):
+            p.grad = grad
+        unnamed.step()
+        from_adamw_state(ours, unnamed.state_dict())
     with pytest.raises(ValueError, match="one named parameter per group"):
         from_authors_state(ours, state_dict)
     with pytest.raises(ValueError, match="expected named parameters"):

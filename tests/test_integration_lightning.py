@@ -135,6 +135,18 @@ def test_swap_keeps_groups_and_takes_given_hyperparameters():
     assert second["param_names"] == ["net.0.bias", "net.2.bias"]
 
 
+def test_options_and_a_map_reach_the_optimizer():
+    module = lightning_regression(adamw_with(linear))
+    blocks = infer_blocks(module).edited({"net.0.weight": "column"})
+    callback = AdamMiniCallback(blocks=blocks, momentum_dtype=torch.bfloat16, max_grad_norm=1.0)
+    (optimizer,) = fit(module, callback).optimizers
+    assert optimizer.layout(module.net[0].weight).kind == "column"
+    assert optimizer.state[module.net[0].weight]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.grad_norm > 0
+    with pytest.raises(TypeError, match=r"options: expected some of .* found \['lr'\]"):
+        AdamMiniCallback(lr=1e-3)
+
+
 @pytest.mark.parametrize("ours_first", [False, True])
 def test_finetuning_may_unfreeze_a_backbone(ours_first):
     """Lightning then adds a group whose parameters have no names."""

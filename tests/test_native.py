@@ -485,6 +485,14 @@ def test_without_a_library_the_reason_is_logged_once(empty_cache, monkeypatch, c
         native.one_pass([work], hyper())
 
 
+def test_a_machine_that_lost_its_compiler_takes_the_library_that_is_there(empty_cache, monkeypatch):
+    assert native.load()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "")
+    assert loaded_again()
+    assert compilations(empty_cache) == 1
+
+
 def _load_and_step(results):
     native._library.cache_clear()
     work = example("row", (3, 5))

@@ -94,6 +94,8 @@ def test_names_of_wrapped_models():
     ):
         assert block_name(name, blocks) == "a.weight"
     assert block_name("module.x", blocks) == "module.x" and block_name("weight", blocks) is None
+    wrapped = BlockMap({"_orig_mod.a": (BlockLayout("row", (2, 3)), "")})
+    assert block_name("a", wrapped) == "_orig_mod.a"
     model = nn.ModuleDict({"a": nn.Linear(3, 2)})
     with pytest.raises(ValueError, match=r"blocks: expected an entry for parameter 'a.bias'"):
         parameter_layouts(model, blocks)

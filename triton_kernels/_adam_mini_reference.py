@@ -11,8 +11,10 @@ from torch import Tensor
 
 # Entries of an elementwise piece that share one partial sum of g^2 in `unit_sums`.
 ELEMENTWISE_UNIT = 4096
-# Entries that the PyTorch form works on at a time: three fp32 tensors of 1 MB stay in a cache.
-_CHUNK = 1 << 18
+# Entries that the PyTorch form works on at a time: more stay in no cache, fewer cost more calls.
+_CHUNK = 1 << 19
+# Longest rows whose squares are added up one after the other.
+_IN_ORDER = 1 << 16
 
 # Columns of `hyper`, one row per piece, fp32 or fp64:
 #   step_size    lr / (1 - beta1^t)
@@ -180,7 +182,7 @@ def _update_elementwise(work: Work, h: Sequence[float], round_params: bool) -> N
 class _Matrix:
     """A matrix of a row or column piece; the step comes to it band by band, tile by tile.
 
-    A band is some of its units, whole, and holds about _CHUNK entries.
+    A band is some of its units, whole: rows of about _CHUNK entries, or all columns.
     """
 
     def __init__(self, work: Work, h: Sequence[float], round_params: bool) -> None:
@@ -206,9 +208,9 @@ class _Matrix:
         self.chunk = _CHUNK // 4 if rounds else _CHUNK  # noise is int64
 
     def bands(self) -> Iterator[slice]:
-        """Units of every band. Narrow ones of columns would read a cache line for each entry."""
-        width = max(self.chunk // max(self.length, 1), 1 if self.dim else 64)
-        return _cut(self.n_units, width)
+        """Units of every band: all columns, as parts of them are slow to walk through."""
+        most = self.chunk // max(self.length, 1) if self.dim else self.n_units
+        return _cut(self.n_units, max(most, 1))
 
     def tiles(self, band: slice) -> Iterator[tuple[slice, slice]]:
         """(rows, columns) of the tiles of a band, of about _CHUNK entries each."""
@@ -224,10 +226,11 @@ class _Matrix:
         sums = None
         for tile in self.tiles(band):
             g = self.part(self.grad, tile).to(self.dtype)  # squares of fp16 would overflow
-            # Down the columns vector_norm takes four times as long.
-            squares = (
-                torch.linalg.vector_norm(g, dim=1).square_() if self.dim else g.square().sum(0)
-            )
+            # vector_norm adds up in order: less exact along long rows, and slow down the columns.
+            if self.dim and self.length <= _IN_ORDER:
+                squares = torch.linalg.vector_norm(g, dim=1).square_()
+            else:
+                squares = g.square().sum(self.dim)
             sums = squares if sums is None else sums.add_(squares)
         if sums is None:
             sums = torch.zeros(band.stop - band.start, dtype=self.dtype, device=self.grad.device)
