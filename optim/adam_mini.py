@@ -436,17 +436,14 @@ class AdamMini(Optimizer):
                 ]
         fused, foreach = group["fused"], group["foreach"]
         updates = []
-        for (param, place, local, state), row, count, key in zip(
-            parts, hyper, steps, keys, strict=True
+        for (param, place, local, state), row, count, key, present in zip(
+            parts, hyper, steps, keys, _presence(parts), strict=True
         ):
             grad, exp_avg, exp_avg_sq = param.grad, state["exp_avg"], state["exp_avg_sq"]
             if grad is None:  # but other ranks may have one
                 grad = torch.zeros_like(param)
             if place.is_dtensor:
                 grad, exp_avg, exp_avg_sq = map(local_part, (grad, exp_avg, exp_avg_sq))
-            present = None
-            if place.asked:
-                present = torch.tensor(float(param.grad is not None), device=param.device)
             updates.append(
                 Update(
                     place.plan, local.contiguous(), grad.contiguous(), exp_avg, exp_avg_sq,
@@ -615,6 +612,15 @@ class AdamMini(Optimizer):
                     device = param.device if group["capturable"] else "cpu"
                     count = torch.as_tensor(held["step"], dtype=torch.float32, device=device)
                     held["step"] = count.clone()
+
+
+def _presence(parts: Sequence[_Part]) -> list[Tensor | None]:
+    """`Update.present` of every parameter; all of them in one copy to the device."""
+    if not any(part.place.asked for part in parts):
+        return [None] * len(parts)
+    there = [float(part.param.grad is not None) for part in parts]
+    flags = torch.tensor(there, device=parts[0].param.device).unbind()
+    return [flag if part.place.asked else None for part, flag in zip(parts, flags, strict=True)]
 
 
 def _check_capture(optimizer: Optimizer) -> None:

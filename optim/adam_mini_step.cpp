@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <thread>
 #include <vector>
@@ -97,8 +98,9 @@ inline T lerp(T a, T b, T weight) {  // torch's: exact at weights 0 and 1
 }
 
 template <class T>
-inline T decayed(T v, T mean, T weight) {  // lerp makes NaN of a v that has overflowed
-    return v * (1 - weight) + mean * weight;
+inline T next_moment(T v, T mean, T weight) {  // one that has overflowed stays: no inf - inf
+    const T next = lerp(v, mean, weight);
+    return v == std::numeric_limits<T>::infinity() ? v : next;
 }
 
 template <class T>
@@ -114,7 +116,7 @@ struct Hyper {
 template <class T>
 inline T unit_step(const Piece& w, const double* hyper, int64_t u, double sum) {
     T& v = static_cast<T*>(w.exp_avg_sq)[w.first + u];
-    v = decayed(v, T(sum * hyper[6] * hyper[6] / w.unit), T(hyper[3]));
+    v = next_moment(v, T(sum * hyper[6] * hyper[6] / w.unit), T(hyper[3]));
     return Hyper<T>(hyper).step(v);
 }
 
@@ -135,7 +137,7 @@ inline void update(const Piece& w, const Hyper<T> h, int64_t row, int64_t col, i
         const T gradient = g[i] * h.grad_scale;
         T step = STEPS == Steps::EACH ? s[i] : same;
         if (STEPS == Steps::OWN) {
-            s[i] = decayed(s[i], gradient * gradient, h.weight2);
+            s[i] = next_moment(s[i], gradient * gradient, h.weight2);
             step = h.step(s[i]);
         }
         m[i] = lerp(m[i], gradient, h.weight1);

@@ -195,7 +195,7 @@ class Batch:
         scale, weight = h[:, _GRAD_SCALE], h[:, _WEIGHT2]
         means = self.blocks / n.lengths * scale.square()
         means = means.where(scale != 0, 0)  # clipped by a norm that has overflowed, as the sums
-        new = old * (1 - weight) + means * weight  # lerp would make NaN of an infinite moment
+        new = torch.lerp(old, means, weight).where(~old.isinf(), old)  # no inf - inf
         new = torch.where(h[:, _SKIP] == 0, new, old)
         torch._foreach_copy_(targets, list(new.split(n.block_sizes)))
         return h[:, _STEP_SIZE] / (new.sqrt() * h[:, _ROOT] + h[:, _EPS])

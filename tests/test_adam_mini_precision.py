@@ -434,6 +434,20 @@ def test_a_norm_that_is_not_finite_does_what_torch_does(value, mode):
 
 
 @modes
+@pytest.mark.parametrize("kind", ["row", "elementwise"])
+def test_second_moments_do_not_drift(kind, mode):
+    """v * beta2 + means * (1 - beta2), each factor rounded to fp32, is off by 1e-5 here."""
+    beta2, steps = 0.9999, 2000
+    param = nn.Parameter(torch.zeros(2, 8))
+    optimizer = optimizer_for(BlockLayout(kind, (2, 8)), param, betas=(0.9, beta2), **mode)
+    param.grad = torch.ones_like(param)
+    for _ in range(steps):
+        optimizer.step()
+    v = optimizer.state[param]["exp_avg_sq"]
+    torch.testing.assert_close(v, torch.full_like(v, 1 - beta2**steps), rtol=2e-6, atol=0)
+
+
+@modes
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_squares_that_overflow_leave_finite_parameters(layout, max_grad_norm, mode):

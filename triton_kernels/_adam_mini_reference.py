@@ -158,8 +158,8 @@ def _with_keys(works: Sequence[Work], keys: Tensor | None) -> Sequence[Work]:
 
 
 def _update_moments(moments: Tensor, means: Tensor, h: Sequence[float]) -> None:
-    # Not lerp_, which makes NaN of a second moment that has overflowed.
-    moments.mul_(1 - h[_WEIGHT2]).add_(means, alpha=h[_WEIGHT2])
+    new = torch.lerp(moments, means, h[_WEIGHT2])
+    moments.copy_(new.where(~moments.isinf(), moments))  # overflowed ones stay: no inf - inf
 
 
 def _steps(moments: Tensor, h: Sequence[float]) -> Tensor:

@@ -4,7 +4,7 @@ Legend: U units (rows or columns that share one step size), L entries of a unit,
 A `Piece` is a part of a tensor whose blocks have one shape. With h = a row of `hyper` (see HYPER),
 g' = grad * h.grad_scale, for every unit u of a piece
     S_u = sum(grad_u ^ 2)                                           `unit_sums`
-    v_u <- v_u * (1 - h.weight2) + mean(g'_u ^ 2) * h.weight2       one per unit
+    v_u <- v_u + (mean(g'_u ^ 2) - v_u) * h.weight2                  one per unit
     s_u = h.step_size / (sqrt(v_u) * h.root + h.eps)
     m   <- m + (g' - m) * h.weight1;   p <- p * h.decay - m * s_u    `apply`, s_u given
 `one_pass` does all four lines where a unit is a whole block; elementwise pieces have U = entries.
@@ -95,9 +95,9 @@ def _lerp(x, y, weight):
 
 
 @jit
-def _decayed(v, means, weight):
-    """Not `_lerp`, which makes NaN of a second moment that has overflowed."""
-    return v * (1 - weight) + means * weight
+def _next_moments(v, means, weight):
+    """A second moment that has overflowed stays infinite: no inf - inf."""
+    return tl.where(v == float("inf"), v, _lerp(v, means, weight))
 
 
 @jit
@@ -261,7 +261,7 @@ def _reduce_kernel(
         v_ptr = _pointer(tl.load(row + 3), "fp32", 1) + unit
         v = tl.load(v_ptr, mask=inside, other=0)
         means = sums * scale * (scale / tl.load(row + 13).to(tl.float32))
-        v = _decayed(v, means, tl.load(h + 3))
+        v = _next_moments(v, means, tl.load(h + 3))
         tl.store(v_ptr, v, mask=inside)
         sums = _step_size(v, tl.load(h), tl.load(h + 4), tl.load(h + 5))
     tl.store(workspace_ptr + tl.load(row + 10) + unit, sums, mask=inside)
@@ -333,7 +333,7 @@ def _one_pass_kernel(
         p = tl.load(p_ptr + offset, mask=mask, other=0).to(tl.float32)
         squares = g * g
     means = tl.sum(squares, 1) * scale * (scale / length.to(tl.float32))
-    v = _decayed(v, means, weight2)
+    v = _next_moments(v, means, weight2)
     tl.store(v_ptr + r, v, mask=rows)
     s = _step_size(v, step_size, root, eps)[:, None]
 
@@ -407,7 +407,7 @@ def _apply_kernel(
         v_ptr = _pointer(tl.load(row + 3), "fp32", VECTOR) + begin + offset
         v = tl.load(v_ptr, mask=mask, other=0)
         scaled = g * scale
-        v = _decayed(v, scaled * scaled, tl.load(h + 3))
+        v = _next_moments(v, scaled * scaled, tl.load(h + 3))
         tl.store(v_ptr, v, mask=mask)
         s = _step_size(v, tl.load(h), tl.load(h + 4), tl.load(h + 5))
     else:
