@@ -85,10 +85,10 @@ def walk(plan, n):
         units = torch.arange(first_unit, first_unit + piece.n_units)
         first_unit += piece.n_units
         of_units = units if plan.blocks is None else plan.blocks[units]
+        if plan.one_pass:
+            assert of_units.equal(piece.first + torch.arange(piece.n_units))
         if piece.kind == "row":
             moments[here] = of_units.repeat_interleave(columns)
-            if plan.one_pass:
-                assert of_units.equal(piece.first + torch.arange(rows))
         else:
             of_units = of_units.view(*batch, 1, columns).expand(*batch, rows, columns)
             moments[here] = of_units.flatten()
