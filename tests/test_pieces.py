@@ -173,6 +173,14 @@ def test_several_numbers_for_a_block_are_refused():
         plan.gather(torch.tensor([1.0, 1, 2, 2, 2, 3, 3]))
 
 
+def test_stacked_matrices_with_a_gap_are_two_pieces_of_one_pass():
+    layout = BlockLayout("column", (5, 4, 3), stacked=1)
+    box = (((0, 1), (3, 5)), ((0, 4),), ((0, 3),))
+    plan = make_plan(layout, Shard((5, 4, 3), box, groups=((0, "d"),)))
+    assert plan.one_pass and [piece.first for piece in plan.pieces] == [0, 3]
+    assert walk(plan, 36)[1].view(3, 4, 3)[:, 0].equal(torch.arange(9).view(3, 3))
+
+
 def test_elementwise_lines_that_are_too_many_share_one_piece(monkeypatch):
     layout, shard = BlockLayout("elementwise", (5, 4)), Shard((5, 4), (((0, 5),), ((1, 3),)))
     assert len(make_plan(layout, shard).pieces) == 5
