@@ -32,7 +32,7 @@ def compile_kernel(job: dict) -> dict:
         constexprs={position[name]: value for name, value in job["constexprs"].items()},
         attrs={position[name]: [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": job["num_warps"]}
+    options = {name: job[name] for name in ("num_warps", "num_stages") if name in job}
     compiled = triton.compile(source, target=GPUTarget(*job["target"]), options=options)
     resources = _nvidia_resources if job["target"][0] == "cuda" else _amd_resources
     return resources(compiled.asm)

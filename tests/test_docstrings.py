@@ -11,7 +11,7 @@ import trimtab.optim
 import trimtab.rl
 import trimtab.stability
 from trimtab.integrations import lightning
-from trimtab.triton_kernels import token_stats
+from trimtab.triton_kernels import linear_token_stats, token_stats
 
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):", re.MULTILINE)
 
@@ -30,6 +30,7 @@ PUBLIC = {
         (trimtab.stability, trimtab.stability.__all__),
         (trimtab.rl, trimtab.rl.__all__),
         (token_stats, defined_in(token_stats)),
+        (linear_token_stats, defined_in(linear_token_stats)),
         (lightning, defined_in(lightning)),
     )
     for name in names

@@ -1,11 +1,14 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
 from closeness import assert_as_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.triton_kernels._token_stats_cpu import BUFFER_BYTES, token_stats_chunked
+from trimtab.triton_kernels import token_stats as module
+from trimtab.triton_kernels._token_stats_cpu import BUFFER_BYTES
+from trimtab.triton_kernels._token_sums import ELSEWHERE, Options
 from trimtab.triton_kernels.token_stats import (
     TokenStats,
     _TokenStats,
@@ -23,8 +26,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RHOS = [None, 1e-2, math.exp(-13)]
 
 
-def chunked(logits, labels, *, temperature=1.0, prune=None, ignore_index=-100):
-    return TokenStats(*token_stats_chunked(logits, labels, temperature, prune, ignore_index))
+def chunked(logits, labels, **options):
+    """`token_stats` where no kernel can run."""
+    with mock.patch.object(module, "runs_kernel", return_value=False):
+        return token_stats(logits, labels, **options)
 
 
 both_paths = pytest.mark.parametrize("fn", [token_stats, chunked], ids=["kernel", "chunked"])
@@ -58,6 +63,43 @@ def grad_of(stats, logits, upstream):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"N{s[0]}-V{s[1]}")
 @both_paths
 def test_matches_reference(fn, shape, prune, dtype, device):
+    check_against_reference(fn, shape, device, dtype=dtype, prune=prune, temperature=1.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 5.0},  # logits of scale 4: half of them are well inside the bend
+        {"softcap": 5.0, "prune": 1e-2, "temperature": 0.7},
+        {"temperature": 0.01},
+        {"temperature": 100.0, "prune": 0.9},
+    ],
+    ids=["cap", "cap-pruned", "cold", "hot-pruned"],
+)
+@both_paths
+def test_options_match_reference(fn, options, device):
+    check_against_reference(fn, (4, 5003), device, dtype=torch.float32, **options)
+
+
+# 2, the least with a choice; a prime past several blocks; the largest; thousands of rows (which
+# the chunked path splits in uneven chunks)
+@pytest.mark.parametrize(
+    ("fn", "shape"),
+    [
+        (token_stats, (2, 2)),
+        (token_stats, (1, 262_144)),
+        (chunked, (2, 2)),
+        (chunked, (2, 262_144)),
+        (chunked, (2, 262_139)),
+        (chunked, (3001, 101)),
+    ],
+    ids=lambda x: f"N{x[0]}-V{x[1]}" if isinstance(x, tuple) else x.__name__,
+)
+def test_sizes_at_the_ends_match_reference(fn, shape, device):
+    check_against_reference(fn, shape, device, dtype=torch.float32, prune=1e-3)
+
+
+def check_against_reference(fn, shape, device, *, dtype, **options):
     n, v = shape
     padded, labels = example(shape, device, dtype=dtype)
     labels[n // 2] = -100 if n > 2 else labels[n // 2]
@@ -65,7 +107,7 @@ def test_matches_reference(fn, shape, prune, dtype, device):
     def outputs(fn, x):
         x = x.detach().clone().requires_grad_()
         logits = x[:, :v] if fn is not token_stats_reference else x[:, :v].to(reference_dtype)
-        stats = fn(logits, labels, temperature=1.3, prune=prune)
+        stats = fn(logits, labels, **options)
         upstream = upstream_of(stats)
         grads = {name: grad_of(stats, x, {name: g}) for name, g in upstream.items()}
         grads["all"] = grad_of(stats, x, upstream)
@@ -156,7 +198,7 @@ def test_pruned_and_whole_agree_through_the_kept_mass(fn, device):
     torch.testing.assert_close(pruned.logp + pruned.log_kept_mass, whole.logp)
     torch.testing.assert_close(pruned.logsumexp, whole.logsumexp)
     assert (pruned.log_kept_mass < 0).all() and not pruned.in_safe_set.all()
-    assert whole[5:] == (None, None, None)
+    assert whole[5:8] == (None, None, None) and not whole.broken.any()
 
 
 @all_paths
@@ -211,9 +253,26 @@ def test_masked_label_has_no_probability(fn, prune, device):
 def test_broken_rows_give_nan(fn, bad, prune, device):
     logits = torch.zeros(3, 6000, device=device)
     logits[0, 5000 if bad != -INF else slice(None)] = bad
-    stats = fn(logits, torch.tensor([1, 2, 3], device=device), prune=prune)
-    for name in ("logp", "entropy", "sum_p2"):
-        assert getattr(stats, name).isnan().tolist() == [True, False, False], name
+    logits.requires_grad_()
+    labels = torch.tensor([1, 2, 3], device=device)
+    stats = fn(logits, labels, prune=prune)
+    assert stats.broken.tolist() == [True, False, False]
+    for name, value in stats._asdict().items():
+        if value is not None and value.is_floating_point():
+            assert value.isnan().tolist() == [True, False, False], name
+    if prune is not None:
+        assert stats.safe_count.tolist()[0] == 0 and not stats.in_safe_set[0]
+    if fn is not token_stats_reference:
+        skipped = fn(logits, labels, prune=prune, nonfinite="skip")
+        assert skipped.broken.tolist() == [True, False, False]
+        grad = grad_of(skipped, logits, upstream_of(skipped))
+        assert (grad[0] == 0).all() and grad.isfinite().all()
+        for name, value in skipped._asdict().items():
+            if value is not None and name != "broken":
+                assert value[0] == (name == "in_safe_set"), name
+                torch.testing.assert_close(value[1:], getattr(stats, name)[1:])
+        with pytest.raises(ValueError, match=r"NaN or \+inf.* 1 of 3 rows.* row 0"):
+            fn(logits, labels, prune=prune, nonfinite="raise")
 
 
 @pytest.mark.parametrize("prune", [None, 1e-2], ids=["whole", "pruned"])
@@ -227,7 +286,7 @@ def test_ignored_rows_are_zero(fn, prune, device):
     stats = fn(logits, labels, prune=prune, ignore_index=7)
     for name, value in zip(TokenStats._fields, stats, strict=True):
         if value is not None:
-            assert value[1] == (1 if name == "in_safe_set" else 0), name
+            assert value[1] == (1 if name == "in_safe_set" else 0), name  # nor is it broken
     assert stats.logit_grad_energy[1] == 0
     grad = grad_of(stats, logits, upstream_of(stats))
     assert (grad[1] == 0).all()
@@ -245,11 +304,50 @@ def test_energy_is_the_squared_gradient_norm(fn, prune, device):
     assert not stats.logit_grad_energy.requires_grad
 
 
+@pytest.mark.parametrize("prune", [None, 1e-2], ids=["whole", "pruned"])
+@both_paths
+def test_backward_in_place_of_the_logits(fn, prune, device):
+    padded, labels = example((4, 5000), device)
+    labels[1] = -100
+    leaf = padded.requires_grad_()
+
+    def run(inplace):
+        logits = (2 * leaf)[:, :5000]
+        stats = fn(logits, labels, prune=prune, inplace_backward=inplace)
+        upstream = upstream_of(stats)
+        outputs = [getattr(stats, name) for name in upstream]
+        return logits, outputs, list(upstream.values())
+
+    logits, outputs, upstream = run(True)
+    storage = logits.untyped_storage().data_ptr()
+    grad = torch.autograd.grad(outputs, logits, upstream, retain_graph=True)[0]
+    assert grad.untyped_storage().data_ptr() == storage
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs, leaf, upstream)
+    plain_logits, plain_outputs, _ = run(False)
+    expected = torch.autograd.grad(plain_outputs, plain_logits, upstream)[0]
+    assert torch.equal(grad, expected)
+
+
+@both_paths
+def test_backward_in_place_is_refused_by_autograd_where_another_needs_the_logits(fn, device):
+    padded, labels = example((2, 50), device)
+    logits = 2 * padded.requires_grad_()
+    stats = fn(logits, labels, inplace_backward=True)
+    other = logits.square().sum()  # saves the logits for its own backward
+    first = torch.autograd.grad(stats.logp.sum(), logits, retain_graph=True)[0]
+    assert first.isfinite().all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(other, logits)
+
+
 @both_paths
 def test_max_logit_and_counts_carry_no_gradient(fn, device):
     padded, labels = example((2, 50), device)
     stats = fn(padded.requires_grad_(), labels, prune=0.1)
-    carries = {name for name, value in stats._asdict().items() if value.requires_grad}
+    carries = {
+        name for name, value in stats._asdict().items() if value is not None and value.requires_grad
+    }
     assert carries == set(DIFFERENTIABLE)
 
 
@@ -299,8 +397,9 @@ def test_kernel_does_not_read_past_the_row(prune, device):
     """On a GPU labels are not checked: one out of range gives NaN, not a stray read."""
     logits = torch.zeros(2, 10, device=device)
     labels = torch.tensor([10**12, 1], device=device)
-    logp = _TokenStats.apply(logits, labels, 1.0, prune, -100)[0]
-    assert logp.isnan().tolist() == [True, False]
+    y = torch.where(labels < 10, labels, ELSEWHERE)
+    stats = _TokenStats.apply(logits, y, Options(1.0, None, prune, None, "nan"), False)
+    assert stats[0].isnan().tolist() == stats[-1].tolist() == [True, False]
 
 
 LOGITS, LABELS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
@@ -322,6 +421,10 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         ({"temperature": math.nan}, r"temperature.*nan"),
         ({"prune": 0.0}, r"prune.*0\.0"),
         ({"prune": 1.0}, r"prune.*1\.0"),
+        ({"softcap": 0.0}, r"softcap.*0\.0"),
+        ({"nonfinite": "ignore"}, r"nonfinite.*skip.*'ignore'"),
+        ({"group": object()}, r"group.*not initialized"),
+        ({"logits": torch.zeros(3, 4, requires_grad=True), "inplace_backward": True}, r"leaf"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

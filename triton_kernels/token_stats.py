@@ -1,6 +1,6 @@
 """Log-probability, entropy and collision probability of sampled tokens in one read of the logits.
 
-Shapes: N tokens, V vocabulary entries. x = logits / temperature, y = label,
+Shapes: N tokens, V vocabulary entries. z = logits, x = softcap(z) / temperature, y = label,
 S = {v : x_v >= max x + ln rho} the safe set (arXiv 2512.23087), K = S u {y} (without pruning all
 of V), p = softmax(x) over V, q = p / sum_K p over K, 0 outside.
 
@@ -12,12 +12,16 @@ of V), p = softmax(x) over V, q = p / sum_K p over K, 0 outside.
     log_kept_mass = ln sum_K p                 nats, <= 0      d/dx = q - p
     safe_count    = |K|                        tokens
     in_safe_set   = y in S
+    broken        = the row holds NaN, +inf or no finite logit (on a GPU also: y is no token)
+    skipped_fraction (of linear_token_stats.py) = share of V that backward leaves out in the row
 
 S is a constant in these derivatives: the threshold moves with max x but carries no gradient.
 `TokenStats.logit_grad_energy` (of q) is the proxy of the Optimal Token Baseline, arXiv 2602.07078.
 
 Cost: 1 read of [N, V] forward (with pruning a second one, of a row that was just read, so from L2);
 1 read and 1 write backward. Of size [N, V] nothing is kept but the logits; 6 numbers a token are.
+A vocabulary sharded over a group costs one all-reduce of [N] maxima and one of 5 sums a token
+(pruned one more, of 4), and none backward.
 """
 
 from __future__ import annotations  # tl.constexpr stays a string where Triton is not installed
@@ -28,11 +32,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from ._launch import jit, runs_kernel, tl, triton
 from ._token_stats_cpu import token_stats_chunked
+from ._token_sums import (
+    IGNORED,
+    KeptSums,
+    Options,
+    WholeSums,
+    check_labels,
+    check_options,
+    finish,
+    local_labels,
+    locate_shard,
+    reduce_kept,
+    reduce_whole,
+    settle,
+)
+from ._transform import transform, transformed, transformed_gradient
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_BLOCK_V = 4096
 _NUM_WARPS = 8  # 16 entries of a block per thread
 
@@ -48,6 +68,8 @@ class TokenStats(NamedTuple):
     log_kept_mass: Tensor | None = None
     safe_count: Tensor | None = None
     in_safe_set: Tensor | None = None
+    broken: Tensor | None = None
+    skipped_fraction: Tensor | None = None
 
     @property
     def logit_grad_energy(self) -> Tensor:
@@ -61,12 +83,16 @@ def token_stats_reference(
     *,
     temperature: float = 1.0,
     prune: float | None = None,
+    softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenStats:
     """What `token_stats` computes, in plain differentiable PyTorch and in the dtype of `logits`."""
     ignored = labels == ignore_index
     y = labels.masked_fill(ignored, 0)[:, None]
-    x = logits.masked_fill(ignored[:, None], 0) / temperature
+    x = transform(logits.masked_fill(ignored[:, None], 0), temperature, softcap)
+    # what a broken row holds is replaced, so that the rows beside it get no NaN
+    broken = (x.isnan() | (x == math.inf)).any(-1) | (x == -math.inf).all(-1)
+    x = x.masked_fill(broken[:, None], 0)
     max_logit = x.detach().amax(-1)
     lse = x.logsumexp(-1)
 
@@ -80,7 +106,7 @@ def token_stats_reference(
     kept = x.masked_fill(outside | (x == -math.inf), -math.inf)
     log_q = kept.log_softmax(-1)
     q = log_q.exp()
-    outputs = [
+    numbers = [
         log_q.gather(-1, y).squeeze(-1),
         -(q * log_q.masked_fill(q == 0, 0)).sum(-1),
         q.square().sum(-1),
@@ -88,9 +114,60 @@ def token_stats_reference(
         max_logit,
     ]
     if prune is not None:
-        outputs += [(kept.logsumexp(-1) - lse).clamp_max(0), (~outside).sum(-1)]
-    outputs = [o.masked_fill(ignored, 0) for o in outputs]
-    return TokenStats(*outputs, *([in_safe_set | ignored] if prune is not None else []))
+        numbers.append((kept.logsumexp(-1) - lse).clamp_max(0))
+    numbers = [o.masked_fill(broken, math.nan).masked_fill(ignored, 0) for o in numbers]
+    if prune is None:
+        return TokenStats(*numbers, broken=broken)
+    safe_count = (~outside).sum(-1).masked_fill(broken | ignored, 0)
+    return TokenStats(*numbers, safe_count, (in_safe_set & ~broken) | ignored, broken)
+
+
+@jit
+def _whole_sums(row, V, inv_temperature, softcap, S1_ONLY, SOFTCAP, BLOCK_V: tl.constexpr):
+    # Online over blocks, with m the running maximum and d = x - m:
+    # s1 = sum e^d, s2 = sum e^(2d), sd = sum d e^d; a new m moves every d by the same amount.
+    # m starts at the lowest finite number: at -inf, a row that begins with masked entries is NaN.
+    m = -3.4028234663852886e38
+    s1 = 0.0
+    s2 = 0.0
+    sd = 0.0
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        x = transformed(z, inv_temperature, softcap, SOFTCAP)
+        m_new = tl.maximum(m, tl.max(x, axis=0))
+        keep = tl.exp(m - m_new)
+        d = x - m_new
+        e = tl.exp(d)
+        if not S1_ONLY:
+            moved = tl.where(keep > 0, m - m_new, 0.0)  # else 0 * -inf
+            sd = keep * (sd + moved * s1)
+            sd += tl.sum(tl.where(e > 0, d, 0.0) * e, axis=0)  # d e^d -> 0 at d = -inf
+            s2 = s2 * keep * keep + tl.sum(e * e, axis=0)
+        s1 = s1 * keep + tl.sum(e, axis=0)
+        m = m_new
+    return m, s1, s2, sd
+
+
+@jit
+def _kept_sums(row, V, y, m, inv_temperature, softcap, log_rho, SOFTCAP, BLOCK_V: tl.constexpr):
+    s1 = 0.0
+    s2 = 0.0
+    sd = 0.0
+    count = 0
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
+        x = transformed(z, inv_temperature, softcap, SOFTCAP)
+        # "outside" by <, not "inside" by >=, so that a NaN stays in the sums
+        outside = (x < m + log_rho) & (v != y)
+        d = tl.where(outside, -float("inf"), x - m)
+        e = tl.exp(d)
+        s1 += tl.sum(e, axis=0)
+        s2 += tl.sum(e * e, axis=0)
+        sd += tl.sum(tl.where(e > 0, d, 0.0) * e, axis=0)
+        count += tl.sum(tl.where(outside, 0, 1), axis=0)
+    return s1, s2, sd, count
 
 
 @jit
@@ -106,74 +183,145 @@ def _forward_kernel(
     kept_mass_ptr,
     count_ptr,
     inside_ptr,
+    broken_ptr,
     stride_n,
     V,
-    ignore_index,
     inv_temperature,
+    softcap,
     log_rho,
     PRUNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # int64: n * stride_n passes 2^31 at N*V > 2e9
     row = z_ptr + n * stride_n
     y = tl.load(y_ptr + n)
-    if y == ignore_index:
+    if y == -1:  # ignored
         return  # the outputs already hold what an ignored row returns
 
-    # Online over blocks, with m the running maximum and d = x - m:
-    # s1 = sum e^d, s2 = sum e^(2d), sd = sum d e^d; a new m moves every d by the same amount.
-    # m starts at the lowest finite number: at -inf, a row that begins with masked entries is NaN.
-    m = -3.4028234663852886e38
-    s1 = 0.0
-    s2 = 0.0
-    sd = 0.0
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        x = z * inv_temperature
-        m_new = tl.maximum(m, tl.max(x, axis=0))
-        keep = tl.exp(m - m_new)
-        d = x - m_new
-        e = tl.exp(d)
-        if not PRUNED:
-            moved = tl.where(keep > 0, m - m_new, 0.0)  # else 0 * -inf
-            sd = keep * (sd + moved * s1)
-            sd += tl.sum(tl.where(e > 0, d, 0.0) * e, axis=0)  # d e^d -> 0 at d = -inf
-            s2 = s2 * keep * keep + tl.sum(e * e, axis=0)
-        s1 = s1 * keep + tl.sum(e, axis=0)
-        m = m_new
-    log_sum = tl.log(s1)
+    m, s1, s2, sd = _whole_sums(row, V, inv_temperature, softcap, PRUNED, SOFTCAP, BLOCK_V)
+    # NaN in the sums of a row with NaN or +inf, 0 without a finite entry; a label elsewhere is -2
+    nan = float("nan")
+    sound = (s1 > 0) & (y >= 0)
+    log_sum = tl.where(sound, tl.log(s1), nan)
+    m = tl.where(sound, m, nan)
+    tl.store(broken_ptr + n, (sound == 0))
     tl.store(lse_ptr + n, m + log_sum)
     tl.store(max_ptr + n, m)
     tl.store(log_sum_ptr + n, log_sum)
 
-    # An index out of range must not be read; the host cannot check it without a synchronisation.
-    z_y = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
-    x_y = z_y * inv_temperature
+    z_y = tl.load(row + y, mask=y >= 0, other=nan).to(tl.float32)
+    x_y = transformed(z_y, inv_temperature, softcap, SOFTCAP)
     log_q_sum = log_sum
     if PRUNED:
-        s1 = 0.0
-        count = 0
-        threshold = m + log_rho
-        for start in range(0, V, BLOCK_V):
-            v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(row + v, mask=v < V, other=-float("inf")).to(tl.float32)
-            x = z * inv_temperature
-            # "outside" by <, not "inside" by >=, so that a NaN stays in the sums
-            outside = (x < threshold) & (v != y)
-            d = tl.where(outside, -float("inf"), x - m)
-            e = tl.exp(d)
-            s1 += tl.sum(e, axis=0)
-            s2 += tl.sum(e * e, axis=0)
-            sd += tl.sum(tl.where(e > 0, d, 0.0) * e, axis=0)
-            count += tl.sum(tl.where(outside, 0, 1), axis=0)
+        s1, s2, sd, count = _kept_sums(
+            row, V, y, m, inv_temperature, softcap, log_rho, SOFTCAP, BLOCK_V
+        )
         log_q_sum = tl.log(s1)
-        tl.store(kept_mass_ptr + n, tl.minimum(log_q_sum - log_sum, 0.0))
-        tl.store(count_ptr + n, count)
-        tl.store(inside_ptr + n, x_y >= threshold)
+        kept_mass = log_q_sum - log_sum
+        kept_mass = tl.where(sound & (kept_mass > 0), 0.0, kept_mass)
+        tl.store(kept_mass_ptr + n, kept_mass)
+        tl.store(count_ptr + n, tl.where(sound, count, 0))
+        tl.store(inside_ptr + n, x_y >= m + log_rho)
     tl.store(logp_ptr + n, (x_y - m) - log_q_sum)
-    tl.store(entropy_ptr + n, log_q_sum - sd / s1)
-    tl.store(sum_p2_ptr + n, s2 / (s1 * s1))
+    tl.store(entropy_ptr + n, log_q_sum - sd / s1 + (m - m))  # NaN of a broken row's m
+    tl.store(sum_p2_ptr + n, s2 / (s1 * s1) + (m - m))
+
+
+@jit
+def _whole_sums_kernel(
+    z_ptr,
+    y_ptr,
+    sums_ptr,
+    stride_n,
+    N,
+    V,
+    inv_temperature,
+    softcap,
+    PRUNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    row = z_ptr + n * stride_n
+    y = tl.load(y_ptr + n)
+    if y == -1:
+        return
+    m, s1, s2, sd = _whole_sums(row, V, inv_temperature, softcap, PRUNED, SOFTCAP, BLOCK_V)
+    z_y = tl.load(row + y, mask=y >= 0, other=0.0).to(tl.float32)
+    out = sums_ptr + n  # sums: [6, N]
+    tl.store(out, m)
+    tl.store(out + N, s1)
+    tl.store(out + 2 * N, s2)
+    tl.store(out + 3 * N, sd)
+    tl.store(out + 4 * N, transformed(z_y, inv_temperature, softcap, SOFTCAP))
+    tl.store(out + 5 * N, tl.where(y >= 0, 1.0, 0.0))
+
+
+@jit
+def _kept_sums_kernel(
+    z_ptr,
+    y_ptr,
+    max_ptr,
+    sums_ptr,
+    stride_n,
+    N,
+    V,
+    inv_temperature,
+    softcap,
+    log_rho,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    row = z_ptr + n * stride_n
+    y = tl.load(y_ptr + n)
+    if y == -1:
+        return
+    m = tl.load(max_ptr + n)
+    s1, s2, sd, count = _kept_sums(
+        row, V, y, m, inv_temperature, softcap, log_rho, SOFTCAP, BLOCK_V
+    )
+    out = sums_ptr + n  # sums: [4, N]
+    tl.store(out, s1)
+    tl.store(out + N, s2)
+    tl.store(out + 2 * N, sd)
+    tl.store(out + 3 * N, count.to(tl.float32))
+
+
+@jit
+def logit_gradient(
+    x,
+    is_label,
+    m,
+    log_sum,
+    kept_mass,
+    entropy,
+    sum_p2,
+    g_logp,
+    g_entropy,
+    g_sum_p2,
+    g_lse,
+    g_kept_mass,
+    log_rho,
+    PRUNED: tl.constexpr,
+):
+    """Gradient for x of every output; entries and rows broadcast against each other."""
+    d = x - m
+    log_q = d - log_sum
+    if PRUNED:
+        log_q -= kept_mass
+    q = tl.exp(log_q)
+    log_q = tl.where(q > 0, log_q, 0.0)  # q ln q -> 0 at q = 0
+    grad = tl.where(is_label, g_logp, 0.0) - g_logp * q
+    grad += 2 * g_sum_p2 * q * (q - sum_p2) - g_entropy * q * (log_q + entropy)
+    if PRUNED:
+        outside = (x < m + log_rho) & (is_label == 0)
+        grad = tl.where(outside, 0.0, grad + g_kept_mass * q)
+        grad += (g_lse - g_kept_mass) * tl.exp(d - log_sum)
+    else:
+        grad += g_lse * q
+    return grad
 
 
 @jit
@@ -192,94 +340,136 @@ def _backward_kernel(
     grad_kept_mass_ptr,
     grad_z_ptr,
     stride_n,
+    stride_grad_n,
     V,
-    ignore_index,
     inv_temperature,
+    softcap,
     log_rho,
     PRUNED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     y = tl.load(y_ptr + n)
-    live_V = tl.where(y == ignore_index, 0, V)  # nothing of an ignored row is read
+    live_V = tl.where(y == -1, 0, V)  # nothing of an ignored row is read
     z = tl.load(z_ptr + n * stride_n + v, mask=v < live_V, other=-float("inf")).to(tl.float32)
-    x = z * inv_temperature
-    m = tl.load(max_ptr + n)
-    log_sum = tl.load(log_sum_ptr + n)
-    entropy = tl.load(entropy_ptr + n)
-    sum_p2 = tl.load(sum_p2_ptr + n)
-    g_logp = tl.load(grad_logp_ptr + n)
-    g_entropy = tl.load(grad_entropy_ptr + n)
-    g_sum_p2 = tl.load(grad_sum_p2_ptr + n)
-    g_lse = tl.load(grad_lse_ptr + n)
-
-    d = x - m
-    log_q = d - log_sum
+    x = transformed(z, inv_temperature, softcap, SOFTCAP)
+    kept_mass = 0.0
+    g_kept_mass = 0.0
     if PRUNED:
-        log_q -= tl.load(kept_mass_ptr + n)
-    q = tl.exp(log_q)
-    log_q = tl.where(q > 0, log_q, 0.0)  # q ln q -> 0 at q = 0
-    grad = tl.where(v == y, g_logp, 0.0) - g_logp * q
-    grad += 2 * g_sum_p2 * q * (q - sum_p2) - g_entropy * q * (log_q + entropy)
-    if PRUNED:
+        kept_mass = tl.load(kept_mass_ptr + n)
         g_kept_mass = tl.load(grad_kept_mass_ptr + n)
-        outside = (x < m + log_rho) & (v != y)
-        grad = tl.where(outside, 0.0, grad + g_kept_mass * q)
-        grad += (g_lse - g_kept_mass) * tl.exp(d - log_sum)
-    else:
-        grad += g_lse * q
-    # x is -inf at masked entries and, by the load above, all over an ignored row
-    grad = tl.where(x == -float("inf"), 0.0, grad * inv_temperature)
-    tl.store(grad_z_ptr + n * V + v, grad, mask=v < V)
+    grad = logit_gradient(
+        x,
+        v == y,
+        tl.load(max_ptr + n),
+        tl.load(log_sum_ptr + n),
+        kept_mass,
+        tl.load(entropy_ptr + n),
+        tl.load(sum_p2_ptr + n),
+        tl.load(grad_logp_ptr + n),
+        tl.load(grad_entropy_ptr + n),
+        tl.load(grad_sum_p2_ptr + n),
+        tl.load(grad_lse_ptr + n),
+        g_kept_mass,
+        log_rho,
+        PRUNED,
+    )
+    grad = transformed_gradient(grad, x, inv_temperature, softcap, SOFTCAP)
+    tl.store(grad_z_ptr + n * stride_grad_n + v, grad, mask=v < V)
 
 
 class _TokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, temperature, prune, ignore_index):
-        n, v = logits.shape
-        labels = labels.contiguous()
-        stats = [torch.zeros(n, device=logits.device) for _ in range(6)]
-        pruned_stats = [None, None, None]
-        if prune is not None:
-            pruned_stats = [
-                torch.zeros(n, device=logits.device),
-                torch.zeros(n, dtype=torch.int64, device=logits.device),
-                torch.ones(n, dtype=torch.bool, device=logits.device),
-            ]
-        ctx.constants = {
+    def forward(ctx, logits: Tensor, y: Tensor, options: Options, inplace_backward: bool):
+        numbers = {
             "stride_n": logits.stride(0),
-            "V": v,
-            "ignore_index": ignore_index,
-            "inv_temperature": 1 / temperature,
-            "log_rho": 0.0 if prune is None else math.log(prune),
-            "PRUNED": prune is not None,
-            "BLOCK_V": min(_MAX_BLOCK_V, triton.next_power_of_2(v)),
+            "V": logits.shape[1],
+            "inv_temperature": 1 / options.temperature,
+            "softcap": options.softcap or 0.0,
+            "SOFTCAP": options.softcap is not None,
+            "BLOCK_V": min(_MAX_BLOCK_V, triton.next_power_of_2(logits.shape[1])),
             "num_warps": _NUM_WARPS,
         }
-        if n:
-            with torch.cuda.device_of(logits):
-                _forward_kernel[(n,)](logits, labels, *stats, *pruned_stats, **ctx.constants)
-        logp, entropy, sum_p2, lse, max_logit, log_sum = stats
-        log_kept_mass, safe_count, in_safe_set = pruned_stats
-        ctx.save_for_backward(logits, labels, max_logit, log_sum, log_kept_mass, entropy, sum_p2)
-        constant = [max_logit, safe_count, in_safe_set]
+        run = _fused_forward if options.group is None else _sharded_forward
+        with torch.cuda.device_of(logits):
+            outputs, log_sum = run(logits, y, options, numbers)
+        outputs, y = settle(outputs, y, options.nonfinite)
+        _, entropy, sum_p2, _, top, kept_mass, count, inside, broken = outputs
+        ctx.save_for_backward(logits, y, top, log_sum, kept_mass, entropy, sum_p2)
+        ctx.numbers = numbers | {"log_rho": options.log_rho, "PRUNED": options.prune is not None}
+        ctx.inplace = inplace_backward
+        constant = (top, count, inside, broken)
         ctx.mark_non_differentiable(*(t for t in constant if t is not None))
-        return logp, entropy, sum_p2, lse, max_logit, log_kept_mass, safe_count, in_safe_set
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_logp, g_entropy, g_sum_p2, g_lse, _max, g_kept_mass, _count, _inside):
+    def backward(ctx, g_logp, g_entropy, g_sum_p2, g_lse, _max, g_kept_mass, *_constant):
         logits = ctx.saved_tensors[0]
         n, v = logits.shape
         upstream = (g_logp, g_entropy, g_sum_p2, g_lse, g_kept_mass)
         upstream = (None if g is None else g.contiguous() for g in upstream)
-        grad = torch.empty((n, v), dtype=logits.dtype, device=logits.device)
+        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
         if n:
-            grid = (n, triton.cdiv(v, ctx.constants["BLOCK_V"]))
+            grid = (n, triton.cdiv(v, ctx.numbers["BLOCK_V"]))
             with torch.cuda.device_of(logits):
-                _backward_kernel[grid](*ctx.saved_tensors, *upstream, grad, **ctx.constants)
-        return grad, None, None, None, None
+                _backward_kernel[grid](
+                    *ctx.saved_tensors,
+                    *upstream,
+                    grad,
+                    stride_grad_n=grad.stride(0),
+                    **ctx.numbers,
+                )
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return grad, None, None, None
+
+
+def _fused_forward(logits: Tensor, y: Tensor, options: Options, numbers: dict):
+    n = logits.shape[0]
+    stats = [torch.zeros(n, device=logits.device) for _ in range(6)]
+    pruned_stats = [None, None, None]
+    if options.prune is not None:
+        pruned_stats = [
+            torch.zeros(n, device=logits.device),
+            torch.zeros(n, dtype=torch.int64, device=logits.device),
+            torch.ones(n, dtype=torch.bool, device=logits.device),
+        ]
+    broken = torch.zeros(n, dtype=torch.bool, device=logits.device)
+    if n:
+        _forward_kernel[(n,)](
+            logits,
+            y,
+            *stats,
+            *pruned_stats,
+            broken,
+            log_rho=options.log_rho,
+            PRUNED=options.prune is not None,
+            **numbers,
+        )
+    log_sum = stats.pop()
+    return (*stats, *pruned_stats, broken), log_sum
+
+
+def _sharded_forward(logits: Tensor, y: Tensor, options: Options, numbers: dict):
+    n = logits.shape[0]
+    sums = torch.zeros(6, n, device=logits.device)
+    pruned = options.prune is not None
+    if n:
+        _whole_sums_kernel[(n,)](logits, y, sums, N=n, PRUNED=pruned, **numbers)
+    whole = reduce_whole(WholeSums(*sums), options.group)
+    kept = None
+    if pruned:
+        sums = torch.zeros(4, n, device=logits.device)
+        if n:
+            _kept_sums_kernel[(n,)](
+                logits, y, whole.top, sums, N=n, log_rho=options.log_rho, **numbers
+            )
+        kept = reduce_kept(KeptSums(*sums), options.group)
+    log_sum = whole.s1.log().masked_fill(y == IGNORED, 0)
+    return finish(whole, kept, y, options), log_sum
 
 
 def token_stats(
@@ -288,27 +478,43 @@ def token_stats(
     *,
     temperature: float = 1.0,
     prune: float | None = None,
+    softcap: float | None = None,
+    group: ProcessGroup | None = None,
     ignore_index: int = -100,
+    nonfinite: str = "nan",
+    inplace_backward: bool = False,
 ) -> TokenStats:
-    """Statistics of the labels under softmax(logits / temperature), or its pruning to the safe set.
+    """Statistics of the labels under softmax(softcap(logits) / temperature), or its pruning.
 
     Differentiable once: logp, entropy, sum_p2, logsumexp, log_kept_mass. With pruning the gradients
     of the first three are exactly 0 outside K = S u {label}; the others are of the whole softmax.
     A -inf logit (a masked entry) adds nothing and gets gradient 0; as the label it has logp = -inf.
-    A row with NaN, +inf or no finite logit has NaN in logp, entropy and sum_p2; what its other
-    outputs hold is unspecified.
+    A row that holds NaN, +inf or no finite logit is `broken`; `nonfinite` says what it returns.
 
     Args:
-        logits: [N, V] fp32, bf16, fp16 or fp64, contiguous along V; rows may be strided.
-        labels: [N] int64, in [0, V) or `ignore_index`. Checked on the CPU only; on a GPU that would
-            wait for the device, so there a label out of range gets logp = NaN.
+        logits: [N, V] fp32, bf16, fp16 or fp64, contiguous along V; rows may be strided. With
+            `group` this rank's columns, [N, V of the shard].
+        labels: [N] int64, in [0, V) or `ignore_index`; with `group` columns of the whole
+            vocabulary, the same on every rank. Checked on the CPU only, or with
+            nonfinite="raise": on a GPU that would wait for the device, so there the row of a label
+            out of range is `broken`.
         temperature: > 0.
         prune: rho in (0, 1), the smallest kept probability relative to the largest; None keeps all.
+        softcap: c > 0 replaces logits by c tanh(logits / c) first, as Gemma 2 does; None: off.
+            Infinite logits stay infinite.
+        group: process group over which the vocabulary is sharded, in the order of its ranks;
+            shards may differ in size. Every rank returns the statistics of the whole vocabulary
+            and takes the gradient of its own columns; upstream gradients must be the same on all.
         ignore_index: rows with this label return 0 (in_safe_set True) and get gradient 0.
+        nonfinite: "nan": a broken row is NaN in every number, so that every loss made of one shows
+            it; "skip": it is treated as an ignored one (and still counted in `broken`); "raise": a
+            ValueError names the first, which waits for the device.
+        inplace_backward: backward writes the gradient over the logits, which saves [N, V]. They
+            must not be a leaf; autograd raises if anything else still needs them.
 
     Returns:
-        TokenStats of [N] fp32 tensors (fp64 for fp64 logits), safe_count int64, in_safe_set bool;
-        log_kept_mass, safe_count and in_safe_set are None without `prune`.
+        TokenStats of [N] fp32 tensors (fp64 for fp64 logits), safe_count int64, in_safe_set and
+        broken bool; log_kept_mass, safe_count and in_safe_set are None without `prune`.
 
     Raises:
         ValueError: a shape, dtype, device, layout or label is wrong, or a number is out of range.
@@ -316,20 +522,23 @@ def token_stats(
     Source: safe set, arXiv 2512.23087 (only its abstract was read; pruned entropy and sum_p2 are
         derived here); logit-gradient proxy, arXiv 2602.07078.
     """
-    _check(logits, labels, temperature, prune, ignore_index)
-    if logits.dtype == torch.float64:
-        return token_stats_reference(
-            logits, labels, temperature=temperature, prune=prune, ignore_index=ignore_index
-        )
-    compute = _TokenStats.apply if runs_kernel(logits) else token_stats_chunked
-    return TokenStats(*compute(logits, labels, temperature, prune, ignore_index))
+    options = Options(temperature, softcap, prune, group, nonfinite)
+    check_options(options)
+    _check(logits, labels, inplace_backward)
+    shard = locate_shard(logits.shape[1], group, logits.device)
+    if labels.is_cpu or nonfinite == "raise":
+        check_labels(labels, int(shard.total), ignore_index)
+    y = local_labels(labels, logits.shape[1], shard, ignore_index)
+    if runs_kernel(logits) and logits.dtype != torch.float64:
+        return TokenStats(*_TokenStats.apply(logits, y, options, inplace_backward))
+    return TokenStats(*token_stats_chunked(logits, y, options, inplace_backward))
 
 
-def _check(logits: Tensor, labels: Tensor, temperature, prune, ignore_index) -> None:
+def _check(logits: Tensor, labels: Tensor, inplace_backward: bool) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:
         found = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"expected logits [N, V] with V > 0 and labels [N], got {found}")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         raise ValueError(f"expected logits of fp32, bf16, fp16 or fp64, got {logits.dtype}")
     if labels.dtype != torch.int64:
         raise ValueError(f"expected labels of int64, got {labels.dtype}")
@@ -337,15 +546,7 @@ def _check(logits: Tensor, labels: Tensor, temperature, prune, ignore_index) -> 
         raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ValueError(f"logits must be contiguous along V, got strides {logits.stride()}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    if prune is not None and not 0 < prune < 1:
-        raise ValueError(f"prune must be in (0, 1) or None, got {prune}")
-    if labels.is_cpu:
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= logits.shape[1]))
-        if wrong.any():
-            n = int(wrong.int().argmax())
-            raise ValueError(
-                f"labels must be in [0, {logits.shape[1]}) or {ignore_index}, "
-                f"got labels[{n}] = {int(labels[n])}"
-            )
+    if inplace_backward and logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            "inplace_backward would overwrite logits, which are a leaf, with their grad"
+        )

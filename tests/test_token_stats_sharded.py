@@ -1,0 +1,9 @@
+import pytest
+import token_stats_workers as workers
+import torch
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharded_vocabulary_equals_one_process(world, tmp_path):
+    """Logits and head cut unevenly over gloo processes, kernels and PyTorch."""
+    torch.multiprocessing.spawn(workers.run, (world, str(tmp_path)), nprocs=world)
