@@ -10,8 +10,15 @@ import pytest
 import trimtab.optim
 import trimtab.rl
 import trimtab.stability
-from trimtab.integrations import lightning
-from trimtab.triton_kernels import linear_token_stats, token_stats
+from trimtab.integrations import lightning, transformers, vllm
+from trimtab.triton_kernels import (
+    divergence,
+    gem,
+    imitation,
+    linear_token_stats,
+    soft_value,
+    token_stats,
+)
 
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields):", re.MULTILINE)
 
@@ -29,9 +36,20 @@ PUBLIC = {
         (trimtab.optim, trimtab.optim.__all__),
         (trimtab.stability, trimtab.stability.__all__),
         (trimtab.rl, trimtab.rl.__all__),
-        (token_stats, defined_in(token_stats)),
-        (linear_token_stats, defined_in(linear_token_stats)),
-        (lightning, defined_in(lightning)),
+        *(
+            (module, defined_in(module))
+            for module in (
+                divergence,
+                gem,
+                imitation,
+                linear_token_stats,
+                soft_value,
+                token_stats,
+                lightning,
+                transformers,
+                vllm,
+            )
+        ),
     )
     for name in names
     if callable(getattr(module, name))

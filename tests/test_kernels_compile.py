@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.triton_kernels._linear_kernels import TILES
-from trimtab.triton_kernels.token_stats import _MAX_BLOCK_V, _NUM_WARPS
+from trimtab.triton_kernels._rows import MAX_BLOCK_V, NUM_WARPS
 
 pytest.importorskip("triton")
 
@@ -67,8 +67,8 @@ def token_stats_jobs(target: list) -> list[dict]:
     for dtype in ("bf16", "fp32"):
         logits = {"z_ptr": f"*{dtype}", "y_ptr": "*i64"}
         sizes = {"stride_n": "i32", "V": "i32"} | SCALING
-        options = {"num_warps": _NUM_WARPS}
-        fixed = {"SOFTCAP": True, "BLOCK_V": _MAX_BLOCK_V}
+        options = {"num_warps": NUM_WARPS}
+        fixed = {"SOFTCAP": True, "BLOCK_V": MAX_BLOCK_V}
         for pruned in (False, True):
             absent = {} if pruned else NOT_PRUNED
             outputs = pointers("fp32", "logp", "lse") | ROW_STATS | {"broken_ptr": "*i1"}

@@ -7,7 +7,7 @@ from closeness import assert_as_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.triton_kernels import token_stats as module
-from trimtab.triton_kernels._token_stats_cpu import BUFFER_BYTES
+from trimtab.triton_kernels._rows import BUFFER_BYTES
 from trimtab.triton_kernels._token_sums import ELSEWHERE, Options
 from trimtab.triton_kernels.token_stats import (
     TokenStats,

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._token_stats_cpu import FLOOR, kept_mask, logit_gradient, wide
+from ._rows import sum_dtype
+from ._token_stats_cpu import FLOOR, kept_mask, logit_gradient
 from ._token_sums import IGNORED, KeptSums, Options, WholeSums, add_whole
 from ._transform import transform, transform_
 
@@ -33,7 +34,7 @@ class Head:
 
     def __init__(self, hidden, weight, bias, y: Tensor, options: Options) -> None:
         self.hidden, self.weight, self.bias, self.options = hidden, weight, bias, options
-        self.dtype = wide(hidden.dtype)
+        self.dtype = sum_dtype(hidden)
         self.all_y = y
         self.rows = (y != IGNORED).nonzero().squeeze(-1)
         self.y = y[self.rows]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._rows import live_chunks, load_rows, sum_dtype
 from ._token_sums import (
     IGNORED,
     KeptSums,
@@ -21,9 +22,8 @@ from ._token_sums import (
     reduce_whole,
     settle,
 )
-from ._transform import transform_, transform_gradient_
+from ._transform import transform_gradient_
 
-BUFFER_BYTES = 2**19
 FLOOR = -1e4  # d = x - max is clamped here: e^d is 0 either way, and d e^d is 0 instead of NaN
 
 
@@ -39,24 +39,6 @@ def token_stats_chunked(
         inplace_backward: the gradient is written over the logits.
     """
     return _ChunkedTokenStats.apply(logits, y, options, inplace_backward)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _live_chunks(logits: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Indices of the rows that are not ignored, in chunks of one buffer each."""
-    rows = (y != IGNORED).nonzero().squeeze(-1)
-    row_bytes = logits.shape[1] * wide(logits.dtype).itemsize
-    return rows.split(max(1, BUFFER_BYTES // row_bytes))
-
-
-def _load(logits: Tensor, rows: Tensor, options: Options) -> Tensor:
-    """x [chunk, V], a copy."""
-    x = logits.index_select(0, rows).to(wide(logits.dtype))
-    return transform_(x, options.temperature, options.softcap)
 
 
 def kept_mask(x: Tensor, top: Tensor, y: Tensor, options: Options) -> Tensor:
@@ -77,12 +59,12 @@ def _force(kept: Tensor, y: Tensor, here: Tensor) -> Tensor:
 
 def _sums(logits: Tensor, y: Tensor, options: Options) -> tuple[WholeSums, KeptSums | None]:
     """Sums over the whole vocabulary; a pruned and sharded one is read a second time for K."""
-    zeros = [logits.new_zeros(len(y), dtype=wide(logits.dtype)) for _ in range(10)]
+    zeros = [logits.new_zeros(len(y), dtype=sum_dtype(logits)) for _ in range(10)]
     whole, kept = WholeSums(*zeros[:6]), KeptSums(*zeros[6:])
     whole.found.copy_(y >= 0)
-    for rows in _live_chunks(logits, y):
+    for rows in live_chunks(logits, y != IGNORED):
         column = y[rows, None]
-        x = _load(logits, rows, options)
+        x = load_rows(logits, rows, options.temperature, options.softcap)
         top = x.amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).min)  # a shard may be masked
         whole.top[rows] = top.squeeze(-1)
         label = x.gather(-1, column.clamp_min(0)).squeeze(-1)
@@ -102,8 +84,9 @@ def _sums(logits: Tensor, y: Tensor, options: Options) -> tuple[WholeSums, KeptS
     if options.prune is None:
         return whole, None
     if options.group is not None:
-        for rows in _live_chunks(logits, y):
-            x, top = _load(logits, rows, options), whole.top[rows, None]
+        for rows in live_chunks(logits, y != IGNORED):
+            x = load_rows(logits, rows, options.temperature, options.softcap)
+            top = whole.top[rows, None]
             mask = kept_mask(x, top, y[rows, None], options)
             d = x.sub_(top).clamp_(min=FLOOR)
             _add_kept(kept, rows, d, d.exp(), mask)
@@ -139,8 +122,8 @@ class _ChunkedTokenStats(torch.autograd.Function):
         options = ctx.options
         grad = logits.detach() if ctx.inplace else torch.zeros_like(logits)
         upstream = (g_logp, g_entropy, g_sum_p2, g_lse, g_kept_mass)
-        for rows in _live_chunks(logits, y):
-            x = _load(logits, rows, options)
+        for rows in live_chunks(logits, y != IGNORED):
+            x = load_rows(logits, rows, options.temperature, options.softcap)
             e = logit_gradient(
                 x,
                 y[rows, None],

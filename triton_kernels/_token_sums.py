@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from ._rows import check_group
+
 IGNORED, ELSEWHERE = -1, -2
 NONFINITE = ("nan", "skip", "raise")
 
@@ -136,11 +138,8 @@ def locate_shard(columns: int, group: ProcessGroup | None, device: torch.device)
     """The shard of this rank, shards lying in the order of the ranks; one all-reduce of sizes."""
     if group is None:
         return Shard(0, columns)
-    if not dist.is_initialized():
-        raise ValueError("group was given, but torch.distributed is not initialized")
+    check_group(group)
     rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("this process is not a member of group")
     sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
     sizes[rank] = columns
     dist.all_reduce(sizes, ReduceOp.SUM, group)

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from . import _linear_kernels, _linear_token_stats_cpu
 from ._launch import runs_kernel
+from ._rows import DTYPES
 from ._token_sums import (
     IGNORED,
     Options,
@@ -42,7 +43,7 @@ from ._token_sums import (
     reduce_whole,
     settle,
 )
-from .token_stats import DTYPES, TokenStats, token_stats_reference
+from .token_stats import TokenStats, token_stats_reference
 
 
 def linear_token_stats_reference(

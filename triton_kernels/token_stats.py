@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ._launch import jit, runs_kernel, tl, triton
+from ._rows import NUM_WARPS, block_of, check_logits
 from ._token_stats_cpu import token_stats_chunked
 from ._token_sums import (
     IGNORED,
@@ -51,10 +52,6 @@ from ._token_sums import (
     settle,
 )
 from ._transform import transform, transformed, transformed_gradient
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MAX_BLOCK_V = 4096
-_NUM_WARPS = 8  # 16 entries of a block per thread
 
 
 class TokenStats(NamedTuple):
@@ -389,8 +386,8 @@ class _TokenStats(torch.autograd.Function):
             "inv_temperature": 1 / options.temperature,
             "softcap": options.softcap or 0.0,
             "SOFTCAP": options.softcap is not None,
-            "BLOCK_V": min(_MAX_BLOCK_V, triton.next_power_of_2(logits.shape[1])),
-            "num_warps": _NUM_WARPS,
+            "BLOCK_V": block_of(logits.shape[1]),
+            "num_warps": NUM_WARPS,
         }
         run = _fused_forward if options.group is None else _sharded_forward
         with torch.cuda.device_of(logits):
@@ -535,17 +532,14 @@ def token_stats(
 
 
 def _check(logits: Tensor, labels: Tensor, inplace_backward: bool) -> None:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:
+    check_logits(logits)
+    if labels.shape != logits.shape[:1]:
         found = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"expected logits [N, V] with V > 0 and labels [N], got {found}")
-    if logits.dtype not in DTYPES:
-        raise ValueError(f"expected logits of fp32, bf16, fp16 or fp64, got {logits.dtype}")
+        raise ValueError(f"expected logits [N, V] and labels [N], got {found}")
     if labels.dtype != torch.int64:
         raise ValueError(f"expected labels of int64, got {labels.dtype}")
     if logits.device != labels.device:
         raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError(f"logits must be contiguous along V, got strides {logits.stride()}")
     if inplace_backward and logits.requires_grad and logits.is_leaf:
         raise ValueError(
             "inplace_backward would overwrite logits, which are a leaf, with their grad"

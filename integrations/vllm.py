@@ -1,0 +1,120 @@
+"""Vocabulary pruning in vLLM, as the trainer prunes: its `min_p`, and processed log-probs.
+
+    llm = vllm.LLM(model, **PRUNED_ENGINE)
+    outputs = llm.generate(prompts, vllm.SamplingParams(n=8, **pruned_sampling(temperature=0.7)))
+
+The returned log-probs are what `response_statistics(..., temperature=0.7, prune=rho).logp` computes
+in the trainer, up to the rounding of the two engines. For a server: `vllm serve --logprobs-mode
+processed_logprobs`, and the same keywords in the body of /v1/completions. vLLM is not imported.
+
+Of vLLM (read in its files at 0.9.2, 0.10.0-0.10.2 and 0.32.0, run at 0.32.0):
+* min_p drops v if p_v < min_p * max p, after the temperature, so p_v = rho * max p is kept as in S:
+  on probabilities in v1/sample/logits_processor/builtin.py, on logits (z < max z + ln min_p) in
+  v1/worker/gpu/sample/min_p.py. Both in fp32: they differ from ours by rounding at the threshold.
+* `logprobs_mode` (config/model.py) came with 0.10.0 and is "raw_logprobs" by default: before the
+  temperature and min_p. "processed_logprobs" is after both only from 0.10.2 on; before, the
+  log-probs were taken ahead of the temperature (v1/sample/sampler.py).
+* top_k is off at 0 (or -1). Temperatures below 0.01 are raised to 0.01, and 0 is greedy decoding,
+  for which SamplingParams sets min_p to 0 (sampling_params.py).
+* With speculative decoding min_p does nothing, and vLLM refuses it only above 1e-5, which
+  DEFAULT_RHO = e^-13 is not: nothing is pruned then (sampling_params.py, `_validate_spec_decode`).
+"""
+
+import math
+from typing import Any
+
+from ..stability import DEFAULT_RHO
+
+PRUNED_ENGINE = {"logprobs_mode": "processed_logprobs"}  # of vllm.LLM and vllm.EngineArgs
+
+_LEAST_TEMPERATURE = 0.01  # of vLLM, which raises smaller ones to it
+
+# Options of SamplingParams that change the distribution, and the values at which they do not.
+_NEUTRAL = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "min_tokens": (0,),
+    "structured_outputs": (None,),
+    "guided_decoding": (None,),  # the name of structured_outputs in 0.10
+    "logits_processors": (None, []),
+    "thinking_token_budget": (None, -1),
+    "trace_decode_token_ids": (None,),
+}
+
+
+def pruned_sampling(
+    rho: float = DEFAULT_RHO,
+    *,
+    temperature: float = 1.0,
+    logprobs: int | None = 0,
+    **others: Any,
+) -> dict[str, Any]:
+    """Keyword arguments of `vllm.SamplingParams` that sample from the softmax over the safe set.
+
+    Args:
+        rho: smallest kept probability relative to the largest, in (0, 1); vLLM's min_p.
+        temperature: >= 0.01. For greedy decoding pass SamplingParams(temperature=0) itself.
+        logprobs: how many other tokens' log-probs come beside the sampled one's (0: none, None: not
+            even that one's).
+        others: more arguments of SamplingParams (n, max_tokens, seed, stop_token_ids, ...). Those
+            that change the distribution are refused, since the trainer does not know of them; with
+            min_tokens, say, write `pruned_sampling() | {"min_tokens": 4}` and expect log-probs of
+            the constrained distribution.
+
+    Returns:
+        A new dict. top_p, top_k and repetition_penalty are spelled out, because a server takes
+        absent ones from the checkpoint's generation_config.json.
+
+    Raises:
+        ValueError: rho or temperature out of range, or another argument that changes the
+            distribution.
+
+    Source:
+        arXiv 2512.23087 (abstract read).
+    """
+    if not 0 < rho < 1:
+        raise ValueError(f"rho: expected a ratio in (0, 1), found {rho}")
+    if not (temperature >= _LEAST_TEMPERATURE and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature: expected a finite number >= {_LEAST_TEMPERATURE} (vLLM raises smaller "
+            f"ones to it, and decodes greedily at 0), found {temperature}"
+        )
+    if "min_p" in others:
+        raise ValueError(f"min_p: expected none, it is rho = {rho}, found {others['min_p']}")
+    for name, value in others.items():
+        if name in _NEUTRAL and value not in _NEUTRAL[name]:
+            raise ValueError(
+                f"{name}: expected {_NEUTRAL[name][0]}, another value samples from a distribution "
+                f"that the trainer does not compute, found {value!r}"
+            )
+    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    return neutral | {"temperature": temperature, "min_p": rho, "logprobs": logprobs} | others
+
+
+def check_pruned_engine(vllm_config: Any) -> None:
+    """Raises if an engine's log-probs are not of the pruned distribution.
+
+    Args:
+        vllm_config: the engine's VllmConfig: `llm.llm_engine.vllm_config` of a vllm.LLM,
+            `engine.vllm_config` of an AsyncLLM.
+
+    Raises:
+        ValueError: its logprobs_mode is not "processed_logprobs", or it decodes speculatively.
+    """
+    mode = vllm_config.model_config.logprobs_mode
+    mode = getattr(mode, "value", mode)  # an enum in 0.10.2
+    if mode != PRUNED_ENGINE["logprobs_mode"]:
+        raise ValueError(
+            f"logprobs_mode: expected {PRUNED_ENGINE['logprobs_mode']!r}, found {mode!r}"
+        )
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "speculative_config: expected None, since min_p does nothing with speculative "
+            f"decoding, found {vllm_config.speculative_config!r}"
+        )
