@@ -27,7 +27,7 @@ _HOMES = {
     "engine": ("TransformersEngine",),
     "loop": ("RLModule",),
     "objective": ("objective", "policy_statistics", "token_weights"),
-    "prefix": ("refuse_unsupported", "response_logits"),
+    "prefix": ("Head", "refuse_unsupported", "response_hidden", "response_logits"),
     "rewards": ("RewardWorker", "Scored"),
     "rollout": (
         "Capabilities",

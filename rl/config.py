@@ -167,6 +167,8 @@ class UpdateConfig:
         epochs: optimizer steps on each batch of rollouts; 1 is on-policy.
         micro_prompts: prompts whose graphs are alive at a time; 0 takes all.
         route: `packed` shares each prompt's computation in its group, `dense` repeats it.
+        head: `fused` never stores the logits [tokens, vocabulary], which is what runs out of
+            memory at large vocabularies; `logits` takes them from the model.
         advantage: `token_baseline`, `group_mean` (GRPO without standard deviation), `group_std`
             (GRPO) or `leave_one_out` (RLOO).
         token_baseline: options of that advantage.
@@ -192,6 +194,7 @@ class UpdateConfig:
     epochs: int = 1
     micro_prompts: int = 0
     route: Literal["packed", "dense"] = "packed"
+    head: Literal["logits", "fused"] = "logits"
     advantage: Literal["token_baseline", "group_mean", "group_std", "leave_one_out"] = (
         "token_baseline"
     )

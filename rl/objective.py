@@ -30,10 +30,11 @@ from ..stability import (
     sign_length_coupling,
     trust_region_mask,
 )
+from ..triton_kernels.linear_token_stats import linear_token_stats
 from ..triton_kernels.token_stats import TokenStats, token_stats
 from .batch import RolloutBatch
 from .config import UpdateConfig
-from .prefix import response_logits
+from .prefix import response_hidden, response_logits
 
 Metrics = dict[str, Tensor]
 
@@ -46,17 +47,29 @@ def policy_statistics(
     Args:
         policy: causal LM.
         batch: B rollouts.
-        config: route and pruning.
+        config: route, head and pruning.
         temperature: of the rollouts.
 
     Returns:
         TokenStats of [B, T] tensors, 0 at padding; differentiable.
     """
-    logits = response_logits(
-        policy, batch.prompts, batch.tokens, batch.mask, batch.group_index, route=config.route
-    )
+    responses = (policy, batch.prompts, batch.tokens, batch.mask, batch.group_index)
+    labels = batch.tokens[batch.mask]
     rho = None if config.pruning is None else config.pruning.rho
-    flat = token_stats(logits, batch.tokens[batch.mask], temperature=temperature, prune=rho)
+    if config.head == "fused":
+        hidden, head = response_hidden(*responses, route=config.route)
+        flat = linear_token_stats(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            softcap=head.softcap,
+            temperature=temperature,
+            prune=rho,
+        )
+    else:
+        logits = response_logits(*responses, route=config.route)
+        flat = token_stats(logits, labels, temperature=temperature, prune=rho)
 
     def padded(x: Tensor | None) -> Tensor | None:
         if x is None:

@@ -14,10 +14,12 @@ the three-phase schedule of that paper frees each response's graph early.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 Route = Literal["packed", "dense"]
@@ -86,24 +88,122 @@ def response_logits(
     Source:
         Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
     """
+    rows = _rows(model, prompts, tokens, mask, group_index, route)
+    kept = torch.arange(rows.first, rows.ids.shape[1], device=tokens.device)
+    output = model(**rows.inputs, use_cache=False, logits_to_keep=kept)
+    return output.logits[rows.row, rows.column - rows.first]
+
+
+class Head(NamedTuple):
+    """What a causal LM makes logits of hidden states with.
+
+    Args:
+        weight: [V, D].
+        bias: [V] or None.
+        softcap: c, where the model replaces logits by c tanh(logits / c); None: it does not.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+def response_hidden(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    mask: Tensor,
+    group_index: Tensor,
+    *,
+    route: Route = "packed",
+) -> tuple[Tensor, Head]:
+    """What the head reads to predict each response token, and the head: its logits are not made.
+
+    The model is called as it is (its hooks run), but its head is given one position of each row.
+
+    Args:
+        model: causal LM whose output embeddings are a linear layer, and whose logits are theirs but
+            for a final softcap. That is checked, on these positions, at the model's first call.
+        prompts: as in `response_logits`.
+        tokens: as in `response_logits`.
+        mask: as in `response_logits`.
+        group_index: as in `response_logits`.
+        route: as in `response_logits`.
+
+    Returns:
+        [N, D] hidden states, in the order of `tokens[mask]`, and the head, for
+        `linear_token_stats`.
+
+    Raises:
+        ValueError: as `response_logits`; also if the logits are not those of the head, or its
+            weight is sharded (FSDP2).
+
+    Source:
+        Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear):
+        raise ValueError(
+            f"model: expected output embeddings of torch.nn.Linear for a fused head, got {layer}"
+        )
+    if isinstance(layer.weight, DTensor):
+        raise ValueError(
+            "model: expected whole output embeddings for a fused head, got a DTensor (FSDP2 "
+            "shards them); compute the logits (update.head: logits)"
+        )
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    rows = _rows(model, prompts, tokens, mask, group_index, route)
+    seen = []
+
+    def keep_one(_layer, args: tuple[Tensor]) -> tuple[Tensor]:
+        seen.append(args[0])
+        return (args[0][:, :1],)
+
+    kept = torch.arange(rows.first, rows.ids.shape[1], device=tokens.device)
+    hook = layer.register_forward_pre_hook(keep_one)
+    try:
+        output = model(**rows.inputs, use_cache=False, logits_to_keep=kept)
+    finally:
+        hook.remove()
+    if model not in _HEADS_CHECKED:
+        with torch.no_grad():
+            logits = layer(seen[0][:, :1])
+            if softcap is not None:
+                logits = softcap * (logits / softcap).tanh()
+        if (output.logits - logits).abs().max() > 1e-3 * logits.abs().max():
+            raise ValueError(
+                f"model: {type(model).__name__} does more to its logits than a linear head and a "
+                "softcap; compute the logits (update.head: logits)"
+            )
+        _HEADS_CHECKED.add(model)
+    hidden = seen[0][rows.row, rows.column - rows.first]
+    return hidden, Head(layer.weight, layer.bias, softcap)
+
+
+_HEADS_CHECKED: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def _rows(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: Tensor,
+    mask: Tensor,
+    group_index: Tensor,
+    route: Route,
+) -> _Rows:
     lengths = _check(prompts, tokens, mask, group_index)
-    attention_mask = position = None
     if route == "packed":
         refuse_unsupported(model)
         rows = _packed_rows(prompts, tokens, lengths, group_index)
-        attention_mask, position = _additive_mask(model, rows.segment), rows.position
+        rows.inputs |= {
+            "attention_mask": _additive_mask(model, rows.segment),
+            "position_ids": rows.position,
+        }
     elif route == "dense":
         rows = _dense_rows(prompts, tokens, lengths, group_index)
     else:
         raise ValueError(f"route: expected packed or dense, got {route!r}")
-    output = model(
-        input_ids=rows.ids,
-        attention_mask=attention_mask,
-        position_ids=position,
-        use_cache=False,
-        logits_to_keep=torch.arange(rows.first, rows.ids.shape[1], device=tokens.device),
-    )
-    return output.logits[rows.row, rows.column - rows.first]
+    return rows
 
 
 class _Rows:
@@ -111,6 +211,7 @@ class _Rows:
 
     segment: 0 in the prefix, i > 0 in the i-th response of the row, -1 in the padding.
     row, column: [N] where the logits of each response token stand; first: least of the columns.
+    inputs: keyword arguments of the model, those of a causal model over `ids` unless more are set.
     """
 
     def __init__(self, ids: list[list[int]], position: list[list[int]], segment: list[list[int]],
@@ -121,6 +222,7 @@ class _Rows:
         places = torch.tensor(where, device=device)
         self.row, self.column = places[:, 0], places[:, 1]
         self.first = min(column for _, column in where)
+        self.inputs = {"input_ids": self.ids, "attention_mask": None, "position_ids": None}
 
 
 def _packed_rows(

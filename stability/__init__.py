@@ -16,7 +16,7 @@ from .divergence_bounds import trust_region_bounds
 from .losses import apply_weights, ppo_clip, ratio_policy_loss, reinforce
 from .monitors import clip_metrics, group_metrics
 from .pruning import DEFAULT_RHO, out_of_set_mask, pruning_metrics
-from .statistics import response_statistics
+from .statistics import linear_response_statistics, response_statistics
 from .token_baseline import (
     gradient_variance_proxy,
     logit_gradient_proxy,
@@ -40,6 +40,7 @@ __all__ = [
     "importance_weights",
     "leave_one_out_advantages",
     "length_neutral_mask",
+    "linear_response_statistics",
     "logit_gradient_proxy",
     "mismatch_metrics",
     "optimal_token_baseline",

@@ -75,7 +75,8 @@ def pruning_metrics(stats: TokenStats, mask: Tensor) -> dict[str, Tensor]:
     Returns:
         0-d tensors `pruning/kept_mass_mean`, `pruning/kept_mass_min` (probability under the full
         softmax, label included), `pruning/safe_count_mean` (tokens) and
-        `pruning/out_of_set_fraction`; empty when there is no token.
+        `pruning/out_of_set_fraction`; from a fused head also `pruning/skipped_fraction`, the share
+        of the vocabulary that its backward leaves out. Empty when there is no token.
 
     Raises:
         ValueError: the statistics were computed without pruning, or shapes do not match.
@@ -91,7 +92,10 @@ def pruning_metrics(stats: TokenStats, mask: Tensor) -> dict[str, Tensor]:
     if not mask.any():
         return {}
     kept_mass = stats.log_kept_mass.detach().clamp_max(0).exp()
-    return {
+    skipped = {}
+    if stats.skipped_fraction is not None:
+        skipped["pruning/skipped_fraction"] = mean_over(stats.skipped_fraction, mask)
+    return skipped | {
         "pruning/kept_mass_mean": mean_over(kept_mass, mask),
         "pruning/kept_mass_min": torch.where(mask, kept_mass, 1.0).min(),
         "pruning/safe_count_mean": mean_over(stats.safe_count.to(kept_mass.dtype), mask),

@@ -1,13 +1,15 @@
 """Statistics of the tokens of padded responses, and the group sums that this folder shares.
 
-Shapes: B sequences, T tokens, V vocabulary entries, N = B * T flattened tokens.
+Shapes: B sequences, T tokens, V vocabulary entries, D width, N = B * T flattened tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ..triton_kernels.linear_token_stats import linear_token_stats
 from ..triton_kernels.token_stats import TokenStats, token_stats
 from ._numerics import check_finite, check_mask, check_shape, masked
 
@@ -21,6 +23,8 @@ def response_statistics(
     *,
     temperature: float = 1.0,
     prune: float | None = None,
+    softcap: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and collision probability of every generated token, shaped [B, T].
 
@@ -35,6 +39,9 @@ def response_statistics(
         temperature: > 0; statistics are of softmax(logits / temperature).
         prune: rho in (0, 1): statistics are of the safe vocabulary (see `pruning.py`); None: of all
             of V.
+        softcap: c > 0 for c tanh(logits / c) first; None: off.
+        group: the vocabulary is sharded over it; logits are this rank's columns, tokens are of the
+            whole vocabulary.
 
     Returns:
         TokenStats of [B, T] tensors, zero (False) at masked positions and differentiable as
@@ -46,23 +53,86 @@ def response_statistics(
     Source:
         sum_p2 as arXiv 2602.07078 uses it; the safe vocabulary of arXiv 2512.23087.
     """
-    check_mask(mask)
-    if logits.ndim != 3:
-        raise ValueError(f"expected logits [B, T, V], got {tuple(logits.shape)}")
-    check_shape("logits", logits, (*mask.shape, logits.shape[-1]), "[B, T, V]")
-    check_shape("tokens", tokens, mask.shape, "[B, T]")
-    if tokens.dtype != torch.int64:
-        raise ValueError(f"expected tokens of int64, got {tokens.dtype}")
-    labels = torch.where(mask, tokens, _IGNORED).reshape(-1)
+    labels = _labels("logits", logits, "[B, T, V]", tokens, mask)
     flat = token_stats(
         logits.reshape(-1, logits.shape[-1]),
         labels,
         temperature=temperature,
         prune=prune,
+        softcap=softcap,
+        group=group,
         ignore_index=_IGNORED,
     )
+    return _unflattened(flat, mask, "(logits, tokens)")
+
+
+def linear_response_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    prune: float | None = None,
+    softcap: float | None = None,
+    group: ProcessGroup | None = None,
+) -> TokenStats:
+    """What `response_statistics` returns of hidden @ weight^T + bias, without those logits.
+
+    Args:
+        hidden: [B, T, D], fp32/bf16/fp16; what the head reads at the positions that predict tokens.
+        weight: [V, D] of the head, in the dtype of `hidden`.
+        tokens: [B, T] int64, each in [0, V) where mask is True; anything elsewhere.
+        mask: [B, T] bool, True at a generated token.
+        bias: [V] of the head, or None.
+        temperature: > 0.
+        prune: rho in (0, 1) or None; with it, backward skips what gets no gradient, and
+            `skipped_fraction` says how much of the vocabulary that is.
+        softcap: c > 0 for c tanh(logits / c) first, as Gemma 2 does; None: off.
+        group: the vocabulary is sharded over it; weight and bias are this rank's rows, and the
+            gradient for hidden is this rank's part of the sum over the group.
+
+    Returns:
+        TokenStats of [B, T] tensors, zero (False) at masked positions, differentiable in hidden,
+        weight and bias.
+
+    Raises:
+        ValueError: shapes do not match, or a generated token has no finite log-probability.
+
+    Source:
+        As `response_statistics`.
+    """
+    labels = _labels("hidden", hidden, "[B, T, D]", tokens, mask)
+    flat = linear_token_stats(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        prune=prune,
+        softcap=softcap,
+        group=group,
+        ignore_index=_IGNORED,
+    )
+    return _unflattened(flat, mask, "(hidden, weight, tokens)")
+
+
+def _labels(name: str, x: Tensor, letters: str, tokens: Tensor, mask: Tensor) -> Tensor:
+    """[N] the tokens, ignored where masked; after checks of the shapes."""
+    check_mask(mask)
+    if x.ndim != 3:
+        raise ValueError(f"expected {name} {letters}, got {tuple(x.shape)}")
+    check_shape(name, x, (*mask.shape, x.shape[-1]), letters)
+    check_shape("tokens", tokens, mask.shape, "[B, T]")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"expected tokens of int64, got {tokens.dtype}")
+    return torch.where(mask, tokens, _IGNORED).reshape(-1)
+
+
+def _unflattened(flat: TokenStats, mask: Tensor, source: str) -> TokenStats:
     stats = TokenStats(*(x if x is None else masked(x.reshape(mask.shape), mask) for x in flat))
-    check_finite("log-probability of (logits, tokens)", stats.logp.detach(), mask)
+    check_finite(f"log-probability of {source}", stats.logp.detach(), mask)
     return stats
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,49 @@ def linear_jobs(target: list) -> list[dict]:
     return jobs
 
 
+def loss_jobs(target: list) -> list[dict]:
+    """Kernels of divergence.py, gem.py and _exp_sums.py, with softcap."""
+    jobs = []
+    for dtype in ("bf16", "fp32"):
+        options = {"num_warps": NUM_WARPS}
+        fixed = {"SOFTCAP": True, "BLOCK_V": MAX_BLOCK_V}
+        sizes = dict.fromkeys(("stride_n", "N", "V"), "i32")
+        z, dz = pointers(dtype, "z"), pointers(dtype, "grad_z")
+        both = z | pointers(dtype, "o") | {"live_ptr": "*i1", "other_stride_n": "i32"} | sizes
+        both |= SCALING | {"other_inv_temperature": "fp32", "other_softcap": "fp32"}
+        capped = fixed | {"OTHER_SOFTCAP": True}
+        add = partial(job, "divergence", target=target, **options)
+        sums = both | {"sums_ptr": "*fp32"}
+        jobs.append(add("_sums_kernel", arguments=sums, constexprs=capped | {"SMALL": 0.5}))
+        for absent in (None, "grad_z_ptr", "grad_o_ptr"):
+            arguments = both | pointers("fp32", "stats", "upstream") | dz
+            arguments |= pointers(dtype, "grad_o") | ({absent: None} if absent else {})
+            jobs.append(add("_gradient_kernel", arguments=arguments, constexprs=capped))
+
+        add = partial(job, "_exp_sums", target=target, **options)
+        rows = z | {"live_ptr": "*i1", "stride_n": "i32", "V": "i32", "K": "i32"} | SCALING
+        for listed in (True, False):
+            lists = pointers("i64", "columns", "first") | pointers("fp32", "listed", "values")
+            lists = lists if listed else dict.fromkeys(lists)
+            shared = rows | {name: lists[name] for name in ("columns_ptr", "first_ptr")}
+            sums = shared | pointers("fp32", "top", "total", "rest")
+            sums |= {"listed_ptr": lists["listed_ptr"]}
+            jobs.append(add("_sums_kernel", arguments=sums, constexprs=fixed))
+            grads = shared | dz | pointers("fp32", "top", "log_total", "scale")
+            grads |= {"values_ptr": lists["values_ptr"]}
+            jobs.append(add("_gradient_kernel", arguments=grads, constexprs=fixed))
+
+        add = partial(job, "gem", target=target, **options)
+        rows = z | {"y_ptr": "*i64", "inv_beta": "fp32", "softcap": "fp32"} | sizes
+        for logsigmoid in (True, False):
+            constexprs = fixed | {"LOGSIGMOID": logsigmoid}
+            sums = rows | pointers("fp32", "z_y", "sums")
+            jobs.append(add("_sums_kernel", arguments=sums, constexprs=constexprs))
+            grads = rows | dz | pointers("fp32", "stats", "upstream")
+            jobs.append(add("_gradient_kernel", arguments=grads, constexprs=constexprs))
+    return jobs
+
+
 def case(job: dict) -> str:
     flags = {k: v for k, v in job["constexprs"].items() if isinstance(v, bool)}
     dtype = (
@@ -163,7 +207,7 @@ def case(job: dict) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_over_logits_compile_without_spills(target):
-    jobs = token_stats_jobs(TARGETS[target])
+    jobs = token_stats_jobs(TARGETS[target]) + loss_jobs(TARGETS[target])
     for job, row in zip(jobs, compile_all(jobs), strict=True):
         assert row["spilled"] == 0, f"{case(job)}: spills {row['spilled']}"
         assert row["registers"] <= MAX_REGISTERS, f"{case(job)}: {row['registers']} registers"

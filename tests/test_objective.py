@@ -115,6 +115,19 @@ def assert_parts_add_up(model, config, seed):
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=range(len(SWITCHES)))
+@pytest.mark.parametrize("route", ["packed", "dense"])
+def test_the_fused_head_gives_the_update_of_the_logits(model, route, switch):
+    config = UpdateConfig(route=route, **switch)
+    batch, old_logp = make_batch(model, 8, 0.0 if config.pruning is None else config.pruning.rho)
+    loss, grad = run(model, batch, old_logp, config, whole(batch))
+    fused_loss, fused_grad = run(
+        model, batch, old_logp, replace(config, head="fused"), whole(batch)
+    )
+    assert fused_loss == pytest.approx(loss, rel=1e-10, abs=1e-10)
+    assert grad.norm() > 1e-3 and (grad - fused_grad).norm() < 1e-10 * grad.norm()
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=range(len(SWITCHES)))
 @pytest.mark.parametrize("rule", RULES)
 def test_parts_add_up_for_every_rule_and_switch(model, rule, switch):
     assert_parts_add_up(model, UpdateConfig(aggregation=rule, **switch), seed=8)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_models import KINDS, VOCAB, causal_lm, keep_norm_dtype
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     MambaConfig,
@@ -12,7 +14,7 @@ from transformers import (
     MptForCausalLM,
 )
 
-from trimtab.rl.prefix import refuse_unsupported, response_logits
+from trimtab.rl.prefix import refuse_unsupported, response_hidden, response_logits
 
 ROUTES = ["packed", "dense"]
 
@@ -61,6 +63,49 @@ def test_exact_in_float64(kind, route):
     assert logits.dtype == torch.float64 and logits.shape == (int(data["mask"].sum()), VOCAB)
     torch.testing.assert_close(logits, truth, atol=1e-11, rtol=0)
     assert relative_l2(gradient(model, logits), gradient(model, truth)) < 1e-12
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_and_head_make_the_logits(kind, route):
+    model = keep_norm_dtype(causal_lm(kind, dtype=torch.float64))
+    data = ragged()
+    hidden, head = response_hidden(model, **data, route=route)
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    truth = response_logits(model, **data, route=route)
+    torch.testing.assert_close(logits, truth, atol=1e-12, rtol=0)
+    assert relative_l2(gradient(model, logits), gradient(model, truth)) < 1e-12
+    assert head.softcap is None
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def small(config, model, **options):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    return model(config(**sizes, **options)).eval()
+
+
+def test_softcap_of_the_model_goes_with_the_head():
+    model = small(Gemma2Config, Gemma2ForCausalLM, head_dim=16, final_logit_softcapping=0.5)
+    data = ragged()
+    hidden, head = response_hidden(model, **data, route="dense")
+    logits = 0.5 * (hidden @ head.weight.t() / 0.5).tanh()
+    assert head.softcap == 0.5
+    torch.testing.assert_close(logits, response_logits(model, **data, route="dense"))
+
+
+def test_a_model_that_scales_its_logits_has_no_fused_head():
+    model = small(CohereConfig, CohereForCausalLM, logit_scale=0.25)
+    with pytest.raises(ValueError, match=r"Cohere.* does more to its logits.*head: logits"):
+        response_hidden(model, **ragged(), route="dense")
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

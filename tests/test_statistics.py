@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trimtab.stability import response_statistics
+from trimtab.stability import linear_response_statistics, response_statistics
 
 # (B, T, V): one of each; ragged rows; V past one block of the kernel (4096)
 SHAPES = [(1, 1, 1), (3, 5, 11), (2, 3, 4100)]
@@ -64,6 +64,27 @@ def test_the_gradient_is_that_of_log_softmax_and_zero_at_masked_positions(device
     torch.where(mask, upstream.double() * logp, 0).sum().backward()
     torch.testing.assert_close(logits.grad.double(), twin.grad, atol=1e-6, rtol=1e-5)
     assert (logits.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("rho", [None, 0.05], ids=["whole", "pruned"])
+def test_a_head_without_its_logits_gives_the_same(rho, device):
+    _, tokens, mask = batch(3, 5, 70, device)
+    hidden = torch.randn(3, 5, 12, device=device, requires_grad=True)
+    weight = torch.randn(70, 12, device=device, requires_grad=True)
+    bias = torch.randn(70, device=device, requires_grad=True)
+    options = {"temperature": 0.7, "prune": rho, "softcap": 4.0}
+    fused = linear_response_statistics(hidden, weight, tokens, mask, bias=bias, **options)
+    plain = response_statistics(hidden @ weight.t() + bias, tokens, mask, **options)
+    for name, a, b in zip(fused._fields, fused, plain, strict=True):
+        if name == "skipped_fraction":
+            assert (a is None) == (rho is None) and b is None
+        elif b is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
+    inputs = (hidden, weight, bias)
+    ours, theirs = (torch.autograd.grad((s.logp + s.entropy).sum(), inputs) for s in (fused, plain))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"hidden \[B, T, D\]"):
+        linear_response_statistics(hidden[0], weight, tokens, mask)
 
 
 def test_masked_positions_may_hold_anything(device):
