@@ -29,20 +29,15 @@ against its gradient.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from measure import DEVICE, commit, device_name, extra_bytes, synchronize, versions
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw as adamw_update
@@ -50,8 +45,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.optim import AdamMini, adam_mini_reference, native
 
-ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
 WARMUP = 2
@@ -215,8 +208,7 @@ class Subject:
         if self.clip and not self.provider.ours:
             nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
 
     def bytes_to_move(self) -> int | None:
         if not self.provider.ours:
@@ -296,8 +288,8 @@ def test_adam_mini(benchmark, request, size_name, clip, provider):
         "tensors": len(subject.parameters),
         "threads": torch.get_num_threads(),
         "device": device_name(),
-        "versions": versions(),
-        "commit": commit(),
+        "versions": versions(PACKAGES),
+        "commit": commit("optim", "triton_kernels"),
     }
 
 
@@ -391,66 +383,3 @@ def state_bytes(optimizer: Optimizer) -> int:
         for value in filter(torch.is_tensor, state.values()):
             add(value)
     return sum(sizes.values())
-
-
-def extra_bytes(step: Callable[[], None]) -> int | None:
-    """By how much memory rises above what is held before a step, the least of three; or None."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - held
-    if platform.system() != "Linux":
-        return None
-    rises = []
-    for _ in range(3):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-        held = peak_resident_bytes()
-        step()
-        rises.append(peak_resident_bytes() - held)
-    return min(rises)
-
-
-def peak_resident_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status: expected VmHWM, found none")
-
-
-# Where a row comes from
-
-
-def device_name() -> str:
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    return f"CPU, {os.cpu_count()} cores, {name}"
-
-
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def commit() -> str:
-    """The commit, marked where the optimizer's sources differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "optim", "triton_kernels"], capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+changes" if changed.stdout else "")

@@ -2,8 +2,9 @@
 
     python benchmarks/report.py benchmarks/results/bench_adam_mini.json [more.json ...]
 
-Rows that name a provider and a size (bench_adam_mini.py) become one table for each thing that was
-timed, providers by sizes; others (bench_rl.py) one table for each benchmark group, times only.
+Rows that name a provider and a size (bench_adam_mini.py) or a shape (bench_token_stats.py) become
+one table for each thing that was timed, providers by sizes or shapes; others (bench_rl.py) one
+table for each benchmark group, times only.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ def report(run: Row) -> list[str]:
     rows = run["benchmarks"]
     parts = [where(run)]
     by_size = [row for row in rows if {"provider", "size"} <= row["extra_info"].keys()]
-    plain = [row for row in rows if row not in by_size]
+    by_shape = [row for row in rows if {"provider", "shape"} <= row["extra_info"].keys()]
+    plain = [row for row in rows if row not in by_size + by_shape]
     for clip, some in grouped(by_size, lambda row: row["extra_info"]["clip"]):
         title = "clip and step" if clip else "step"
         parts.append(size_table(title, some))
+    for title, some in grouped(by_shape, lambda row: row["extra_info"]["table"]):
+        parts.append(shape_table(title, some))
     for group, some in grouped(plain, lambda row: row["group"] or "all"):
         parts.append(time_table(group, some))
     return parts
@@ -62,6 +66,33 @@ def where(run: Row) -> str:
     }
     lines = [f"{key}: {'; '.join(map(str, values))}" for key, values in parts.items() if values]
     return "  \n".join(lines)
+
+
+def shape_table(title: str, rows: list[Row]) -> str:
+    """Providers by shapes of logits (bench_token_stats.py)."""
+    shapes = [shape for shape, _ in grouped(rows, lambda row: row["extra_info"]["shape"])]
+    head = [title, "computes"]
+    for shape in shapes:
+        head += [f"{shape}: ms", "ratio (quartiles)", "extra MB"]
+    lines = []
+    for provider, some in grouped(rows, lambda row: row["extra_info"]["provider"]):
+        of_shape = {row["extra_info"]["shape"]: row for row in some}
+        line = [provider, some[0]["extra_info"]["computes"]]
+        for row in map(of_shape.get, shapes):
+            line += ["-"] * 3 if row is None else shape_cells(row)
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def shape_cells(row: Row) -> list[str]:
+    """Time, ratio and extra memory of one provider at one shape."""
+    info = row["extra_info"]
+    low, high = (number(value, 2) for value in info["ratio_quartiles"])
+    return [
+        number(1e3 * row["stats"]["median"], 1),
+        f"{number(info['ratio'], 2)} ({low}-{high})",
+        number(info["extra_mb"], 1),
+    ]
 
 
 def size_table(title: str, rows: list[Row]) -> str:
