@@ -29,6 +29,7 @@ def small_tiles(monkeypatch):
     small = kernels.Tiles(TILE_N, TILE_V, TILE_D, 4, 2)
     monkeypatch.setattr(kernels, "TILES", {2: small, 4: small})
     monkeypatch.setattr(kernels, "CHUNK_TOKENS", 2 * TILE_N)
+    monkeypatch.setattr(kernels, "CHUNK_SHARE", 1)
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 2 * 3 * TILE_N * TILE_V * 4)
     monkeypatch.setattr(cpu, "ROWS", TILE_N)
     monkeypatch.setattr(cpu, "COLUMNS", TILE_V)

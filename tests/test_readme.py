@@ -16,14 +16,17 @@ SHELL = [code for language, code in BLOCKS if language == "bash"]
 YAML = [code for language, code in BLOCKS if language == "yaml"]
 
 
-@pytest.mark.parametrize("code", PYTHON[:2], ids=["plain-torch", "lightning"])
+SNIPPETS = ["plain-torch", "fused-head", "generate", "lightning"]
+
+
+@pytest.mark.parametrize("code", PYTHON[:-1], ids=SNIPPETS)
 def test_python_snippets_run(code, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=240)
 
 
 def test_own_prompts_and_reward_train(tmp_path):
     """The recipe of README on a tiny policy, for two updates."""
-    (tmp_path / "my_rewards.py").write_text(PYTHON[2])
+    (tmp_path / "my_rewards.py").write_text(PYTHON[-1])
     make_policy(tmp_path / "policy")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab", "answer": "1"}\n' * 4)
     recipe = yaml.safe_load(YAML[0])

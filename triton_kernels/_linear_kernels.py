@@ -6,6 +6,7 @@ Logits are always recomputed by the same code, so every sweep sees the same numb
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -20,8 +21,10 @@ from .token_stats import logit_gradient
 # A tile is left out of a sweep if its bound is this much below the threshold (nats): the bound's
 # maximum and label are computed in another order than the tile.
 SLACK = 0.01
-# Backward goes chunk by chunk: so many tokens at once, and as many entries as the scratch holds.
+# Backward goes chunk by chunk: so many tokens at once, and as many entries as the scratch holds, but
+# no more than this share of the vocabulary.
 CHUNK_TOKENS = 8192
+CHUNK_SHARE = 1 / 10
 SCRATCH_BYTES = 128 * 2**20
 
 
@@ -641,8 +644,8 @@ def gradients(
     device, numbers = hidden.device, _in_parts(head)
     upstream = [torch.zeros_like(saved[0]) if g is None else g.contiguous() for g in upstream]
     chunk_n = min(blocks, max(1, CHUNK_TOKENS // tiles.n))
-    row_bytes = chunk_n * tiles.n * tiles.v * hidden.element_size()
-    chunk_v = min(columns, max(1, SCRATCH_BYTES // row_bytes))
+    tile_bytes = chunk_n * tiles.n * tiles.v * hidden.element_size()
+    chunk_v = max(1, min(SCRATCH_BYTES // tile_bytes, math.ceil(columns * CHUNK_SHARE)))
     dz = torch.empty(chunk_n * tiles.n, chunk_v * tiles.v, dtype=hidden.dtype, device=device)
     grad_hidden = torch.zeros(n, width, device=device) if needed[0] else None
     grad_weight = None

@@ -1,6 +1,6 @@
 """`linear_token_stats` without Triton: plain PyTorch over tiles of logits.
 
-Formulas and letters are those of token_stats.py. A tile is ROWS tokens by COLUMNS entries, 512 KB
+Formulas and letters are those of token_stats.py. A tile is ROWS tokens by COLUMNS entries, 2 MB
 in fp32; two or three live at a time. Columns are the outer loop, so that each entry of `weight` is
 read once a sweep. Ignored rows are skipped. fp32, or fp64 for fp64 input.
 """
@@ -17,7 +17,7 @@ from ._token_stats_cpu import FLOOR, kept_mask, logit_gradient
 from ._token_sums import IGNORED, KeptSums, Options, WholeSums, add_whole
 from ._transform import transform, transform_
 
-ROWS, COLUMNS = 128, 1024
+ROWS, COLUMNS = 512, 1024
 SLACK = 0.01  # nats: a bound is computed in another order than its tile
 
 

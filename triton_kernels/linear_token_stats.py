@@ -14,8 +14,8 @@ probability reaches a threshold: that one is an approximation.
 
 Cost: 1 product [N, D] x [D, V] forward (pruned: and the share of tiles that the second sweep
 needs), 3 backward for the tiles that are not skipped. Memory beside inputs and gradients: about 100
-numbers a token, 5 bytes for each 16,384 logits (bounds), dz of a chunk (128 MB at most on a GPU,
-512 KB on a CPU), gradients of 16-bit hidden states once more in fp32.
+numbers a token, 5 bytes for each 16,384 logits (bounds), dz of a chunk (on a GPU a tenth of the
+logits, 128 MB at most; on a CPU 2 MB), gradients of 16-bit hidden states once more in fp32.
 """
 
 from __future__ import annotations
