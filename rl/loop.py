@@ -90,7 +90,7 @@ class RLModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses what would not be exact, also for those who use the module without `Run`."""
-        refuse_strategy(self.trainer.strategy)
+        refuse_strategy(self.trainer.strategy, self.config.update.head)
         refuse_precision(self.trainer.precision)
         check_shares(self.config.rollout.prompts, self.trainer.world_size)
 

@@ -15,15 +15,16 @@ from pytorch_lightning.strategies import (
 )
 
 
-def refuse_strategy(strategy: Strategy) -> None:
+def refuse_strategy(strategy: Strategy, head: str = "logits") -> None:
     """Raises for a strategy under which the update would not equal that of one process.
 
     Args:
         strategy: the trainer's: a single device, DDP, or ModelParallelStrategy for FSDP2.
+        head: `update.head`.
 
     Raises:
         ValueError: another strategy, or one that shards in two dimensions or writes sharded
-            checkpoints.
+            checkpoints, or FSDP2 with a fused head.
     """
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         return
@@ -36,6 +37,10 @@ def refuse_strategy(strategy: Strategy) -> None:
         raise ValueError(
             "trainer.strategy: expected ModelParallelStrategy with data_parallel_size = devices, "
             "tensor_parallel_size = 1 and save_distributed_checkpoint = false"
+        )
+    if head == "fused":
+        raise ValueError(
+            "update.head: expected logits under FSDP2, which shards the head's weight, got fused"
         )
 
 

@@ -80,7 +80,7 @@ class Run:
             self.updates_done
         )
         self.trainer = self._trainer(dict(trainer_options))
-        refuse_strategy(self.trainer.strategy)
+        refuse_strategy(self.trainer.strategy, config.update.head)
         refuse_precision(self.trainer.precision)
         check_shares(config.rollout.prompts, self.trainer.world_size)
         if not isinstance(config.task, Task):

@@ -44,10 +44,12 @@ def folder(tmp_path_factory, request):
     run(["--config", recipe, "--run_dir", "one"], folder)
     run(["--config", recipe, "--run_dir", "ddp", *TWO, "ddp"], folder)
     run(["--config", recipe, "--run_dir", "fsdp2", *SHARDED], folder)
+    fused = ["--update.head", "fused"]
+    run(["--config", recipe, "--run_dir", "ddp-fused", *TWO, "ddp", *fused], folder)
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-fused"])
 @pytest.mark.parametrize("update", range(UPDATES))
 def test_gradients_equal_those_of_one_process(folder, update, strategy):
     one, two = (gradients_of(folder / name, update) for name in ("one", strategy))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.triton_kernels._linear_kernels import TILES
+from trimtab.triton_kernels._linear_token_stats_triton import TILES
 from trimtab.triton_kernels._rows import MAX_BLOCK_V, NUM_WARPS
 
 pytest.importorskip("triton")
@@ -115,9 +115,9 @@ def linear_jobs(target: list) -> list[dict]:
             bounds = pointers("fp32", "floor", "bound")
             bounds = bounds if track else dict.fromkeys(bounds)
             arguments = head | bounds | {"parts_ptr": "*fp32", "splits": "i32"}
-            add("_whole_kernel", arguments, whole | {"S1_ONLY": pruned, "TRACK": track})
+            add("whole_kernel", arguments, whole | {"S1_ONLY": pruned, "TRACK": track})
         kept = pointers("fp32", "max", "bound", "parts") | {"live_ptr": "*i1", "splits": "i32"}
-        add("_kept_kernel", head | kept | {"log_rho": "fp32", "slack": "fp32"}, half)
+        add("kept_kernel", head | kept | {"log_rho": "fp32", "slack": "fp32"}, half)
         for pruned in (True, False):
             arguments = head | ROW_STATS | ROW_GRADS | ({} if pruned else NOT_PRUNED)
             arguments |= pointers("fp32", "bias_parts") | {"dz_ptr": f"*{dtype}"}
@@ -125,7 +125,7 @@ def linear_jobs(target: list) -> list[dict]:
             names = ("first_block", "first_tile", "stride_live", "stride_dz")
             arguments |= dict.fromkeys(names, "i32")
             constexprs = half | {"PRUNED": pruned, "SPARSE": pruned, "BIAS_GRAD": True}
-            add("_gradient_kernel", arguments, constexprs)
+            add("gradient_kernel", arguments, constexprs)
         for sparse in (True, False):
             operands = pointers(dtype, "a", "b") | {"out_ptr": "*fp32"}
             operands |= dict.fromkeys(("M", "K", "D", "stride_bk", "stride_tiles"), "i32")
@@ -137,20 +137,20 @@ def linear_jobs(target: list) -> list[dict]:
             block_d = {"BLOCK_K": tiles.d, "BLOCK_D": 128 if size == 2 else 64}
             constexprs = dot | block_d | {"ACCUMULATE": True, "SPARSE": sparse}
             add(  # for hidden: dz by rows
-                "_product_kernel",
+                "product_kernel",
                 operands | {"row_ptr": None, "stride_am": "i32"},
                 constexprs
                 | {"stride_ak": 1, "MASK_ROWS": False, "BLOCK_M": tiles.n, "TILE_K": tiles.v},
             )
             add(  # for weight: dz by columns
-                "_product_kernel",
+                "product_kernel",
                 operands | {"row_ptr": "*i64", "stride_ak": "i32"},
                 constexprs
                 | {"stride_am": 1, "MASK_ROWS": True, "BLOCK_M": tiles.v, "TILE_K": tiles.n},
             )
         label = {name: head[name] for name in ("h_ptr", "w_ptr", "b_ptr", "y_ptr", *SCALING)}
         label |= {"label_ptr": "*fp32", "D": "i32", "stride_hn": "i32", "stride_wv": "i32"}
-        add("_label_kernel", label, {"SOFTCAP": True, "BIAS": True, "BLOCK_D": 1024})
+        add("label_kernel", label, {"SOFTCAP": True, "BIAS": True, "BLOCK_D": 1024})
     return jobs
 
 

@@ -6,8 +6,8 @@ import torch
 from closeness import assert_as_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.triton_kernels import _linear_kernels as kernels
 from trimtab.triton_kernels import _linear_token_stats_cpu as cpu
+from trimtab.triton_kernels import _linear_token_stats_triton as kernels
 from trimtab.triton_kernels import linear_token_stats as module
 from trimtab.triton_kernels.linear_token_stats import (
     linear_token_stats,
@@ -485,8 +485,8 @@ def test_wrong_input_is_named(arguments, message):
 
 
 # Edits to _linear_kernels.py that must turn this file red:
-# 1. _whole_kernel: drop `* keep * keep` from s2 (sum_p2, several tiles in a split)
-# 2. _kept_kernel: drop `& (v[None, :] != y[:, None])` (a label outside the safe set)
-# 3. _kept_kernel: `here` without its tile's bound, i.e. skip also tiles that hold a label
-# 4. _product_kernel: drop MASK_ROWS's line (hidden states of ignored rows that are NaN)
-# 5. gradients: `accumulate=True` for weight_sum (it is torch.empty)
+# 1. whole_kernel: drop `* keep * keep` from s2 (sum_p2, several tiles in a split)
+# 2. kept_kernel: drop `& (v[None, :] != y[:, None])` (a label outside the safe set)
+# 3. kept_kernel: `here` without its tile's bound, i.e. skip also tiles that hold a label
+# 4. product_kernel: drop MASK_ROWS's line (hidden states of ignored rows that are NaN)
+# 5. gradients (_linear_token_stats_triton.py): `accumulate=True` for weight_sum (it is torch.empty)

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import tiny_run
 import torch
-from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from reward_functions import always_fails, digits_written, fails_on_a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,6 +118,7 @@ OPTIONS = {
     "ppo_clip-2-epochs": {"loss": "ppo_clip", "epochs": 2},
     "reinforce": {"loss": "reinforce"},
     "dense": {"route": "dense"},
+    "fused-head": {"head": "fused", "pruning": PruningConfig(0.01)},
     "micro": {"micro_prompts": 1},
     "seq_mean": {"aggregation": "seq_mean"},
     "token_mean": {"aggregation": "token_mean"},
@@ -212,6 +213,9 @@ def test_shares_strategies_and_precisions_that_are_not_exact_are_refused():
         check_shares(3, 2)
     whole = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
     refuse_strategy(whole)
+    refuse_strategy(DDPStrategy(), "fused")
+    with pytest.raises(ValueError, match=r"update.head: expected logits under FSDP2.*, got fused"):
+        refuse_strategy(whole, "fused")
     with pytest.raises(ValueError, match="save_distributed_checkpoint = false"):
         refuse_strategy(ModelParallelStrategy(2, 1))
     with pytest.raises(ValueError, match=r"FSDP2.*, got FSDPStrategy"):

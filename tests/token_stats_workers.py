@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from closeness import assert_as_close_as
 
-from trimtab.triton_kernels import _linear_kernels as kernels
 from trimtab.triton_kernels import _linear_token_stats_cpu as tiled
+from trimtab.triton_kernels import _linear_token_stats_triton as kernels
 from trimtab.triton_kernels import linear_token_stats as linear
 from trimtab.triton_kernels import token_stats as logits_module
 from trimtab.triton_kernels.token_stats import TokenStats

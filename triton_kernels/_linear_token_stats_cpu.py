@@ -107,7 +107,7 @@ def _tiles(head: Head) -> Iterator[tuple[int, int, slice, slice, Tensor, Tensor]
 
 
 def whole_sums(head: Head, track: bool) -> tuple[WholeSums, Tensor | None]:
-    """Sums [N] of this shard, and for each tile the bound of its excess, as `_linear_kernels` has
+    """Sums [N] of this shard, and for each tile the bound of its excess, as Triton's has
     it, if asked to `track` it."""
     pruned = head.options.prune is not None
     sums = WholeSums(*head.empty(6))

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from . import _linear_kernels, _linear_token_stats_cpu
+from . import _linear_token_stats_cpu, _linear_token_stats_triton
 from ._launch import runs_kernel
 from ._rows import DTYPES
 from ._token_sums import (
@@ -187,7 +187,7 @@ def linear_token_stats(
         check_labels(labels, int(shard.total), ignore_index)
     y = local_labels(labels, len(weight), shard, ignore_index)
     kernel = runs_kernel(hidden) and hidden.dtype != torch.float64 and len(labels) > 0
-    backend = _linear_kernels if kernel else _linear_token_stats_cpu
+    backend = _linear_token_stats_triton if kernel else _linear_token_stats_cpu
     with torch.autocast(kind, enabled=False):  # tiles are fp32, also where PyTorch multiplies them
         outputs = _LinearTokenStats.apply(hidden, weight, bias, y, options, skip_below, backend)
     return TokenStats(*outputs)
