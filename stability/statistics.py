@@ -13,7 +13,7 @@ from ..triton_kernels.linear_token_stats import linear_token_stats
 from ..triton_kernels.token_stats import TokenStats, token_stats
 from ._numerics import check_finite, check_mask, check_shape, masked
 
-_IGNORED = -100
+_IGNORED = torch.iinfo(torch.int64).min  # no token of a user, so -100 is not passed over
 
 
 def response_statistics(
@@ -53,7 +53,7 @@ def response_statistics(
     Source:
         sum_p2 as arXiv 2602.07078 uses it; the safe vocabulary of arXiv 2512.23087.
     """
-    labels = _labels("logits", logits, "[B, T, V]", tokens, mask)
+    labels = _labels("logits", logits, "[B, T, V]", tokens, mask, _size(logits, -1, group))
     flat = token_stats(
         logits.reshape(-1, logits.shape[-1]),
         labels,
@@ -91,7 +91,8 @@ def linear_response_statistics(
             `skipped_fraction` says how much of the vocabulary that is.
         softcap: c > 0 for c tanh(logits / c) first, as Gemma 2 does; None: off.
         group: the vocabulary is sharded over it; weight and bias are this rank's rows, and the
-            gradient for hidden is this rank's part of the sum over the group.
+            gradient for hidden is this rank's part, which the caller adds up over the group
+            (`linear_token_stats` says how with Megatron-core).
 
     Returns:
         TokenStats of [B, T] tensors, zero (False) at masked positions, differentiable in hidden,
@@ -103,7 +104,11 @@ def linear_response_statistics(
     Source:
         As `response_statistics`.
     """
-    labels = _labels("hidden", hidden, "[B, T, D]", tokens, mask)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        found = f"{tuple(weight.shape)} for hidden {tuple(hidden.shape)}"
+        raise ValueError(f"expected weight [V, D] (of nn.Linear, not transposed), got {found}")
+    size = _size(weight, 0, group)
+    labels = _labels("hidden", hidden, "[B, T, D]", tokens, mask, size)
     flat = linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -118,8 +123,15 @@ def linear_response_statistics(
     return _unflattened(flat, mask, "(hidden, weight, tokens)")
 
 
-def _labels(name: str, x: Tensor, letters: str, tokens: Tensor, mask: Tensor) -> Tensor:
-    """[N] the tokens, ignored where masked; after checks of the shapes."""
+def _size(x: Tensor, dim: int, group: ProcessGroup | None) -> int | None:
+    """The vocabulary, unless the group has more of it."""
+    return x.shape[dim] if group is None and x.ndim > 1 else None
+
+
+def _labels(
+    name: str, x: Tensor, letters: str, tokens: Tensor, mask: Tensor, size: int | None
+) -> Tensor:
+    """[N] the tokens, ignored where masked; after checks. `size` of the vocabulary, if known."""
     check_mask(mask)
     if x.ndim != 3:
         raise ValueError(f"expected {name} {letters}, got {tuple(x.shape)}")
@@ -127,6 +139,16 @@ def _labels(name: str, x: Tensor, letters: str, tokens: Tensor, mask: Tensor) ->
     check_shape("tokens", tokens, mask.shape, "[B, T]")
     if tokens.dtype != torch.int64:
         raise ValueError(f"expected tokens of int64, got {tokens.dtype}")
+    if not x.device == tokens.device == mask.device:
+        found = f"{x.device}, {tokens.device} and {mask.device}"
+        raise ValueError(f"expected {name}, tokens and mask on one device, got {found}")
+    wrong = mask & ((tokens < 0) if size is None else (tokens < 0) | (tokens >= size))
+    if tokens.is_cpu and wrong.any():
+        position = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"expected tokens in [0, {size or 'V'}) where mask is True, got "
+            f"{int(tokens[position])} at {position}"
+        )
     return torch.where(mask, tokens, _IGNORED).reshape(-1)
 
 

@@ -93,6 +93,8 @@ def test_from_statistics(path, beta, device):
         torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"beta.*0\.0"):
         gem_loss_from_stats(token_stats(x, labels), beta=0.0)
+    with pytest.raises(ValueError, match=r"stats: expected .* whole vocabulary, got pruned"):
+        gem_loss_from_stats(token_stats(x, labels, prune=0.1), beta=1.0)
 
 
 @both_h
@@ -234,7 +236,7 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         ({"logits": torch.zeros(4, 3).t()}, r"contiguous along V.*\(1, 3\)"),
         ({"labels": LABELS[:2]}, r"labels of shape \[3\], got \(2,\)"),
         ({"labels": LABELS.int()}, r"labels of torch\.int64, got torch\.int32"),
-        ({"labels": LABELS.to("meta")}, r"logits are on cpu, labels on meta"),
+        ({"labels": LABELS.to("meta")}, r"labels is on meta"),
         ({"labels": torch.tensor([0, 1, 4])}, r"\[0, 4\).*labels\[2\] = 4"),
         ({"labels": torch.tensor([0, -1, 9])}, r"labels\[1\] = -1"),
         ({"beta": 0.0}, r"beta.*0\.0"),

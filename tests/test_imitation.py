@@ -265,7 +265,7 @@ LOGP = torch.full((3, 2), -1.0)
         ({"ids": IDS[:, :0], "logp": LOGP[:, :0]}, r"teacher_ids \[N, K\] with K > 0.*\(3, 0\)"),
         ({"logp": LOGP[:, :1]}, r"teacher_logp of shape \[3, 2\], got \(3, 1\)"),
         ({"logp": LOGP.bfloat16()}, r"teacher_logp of .*float32 or .*float64, got .*bfloat16"),
-        ({"logp": LOGP.to("meta")}, r"logits are on cpu, teacher_logp on meta"),
+        ({"logp": LOGP.to("meta")}, r"teacher_logp is on meta"),
         ({"ids": torch.tensor([[0, 2], [4, 1], [0, 1]])}, r"\[0, 4\).*teacher_ids\[1, 0\] = 4"),
         ({"ids": torch.tensor([[0, 2], [2, 1], [0, -1]])}, r"\[0, 4\).*teacher_ids\[2, 1\] = -1"),
         ({"ids": torch.tensor([[0, 2], [3, 3], [0, 1]])}, r"distinct.*teacher_ids\[1, 1\] = 3"),

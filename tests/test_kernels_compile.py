@@ -149,7 +149,13 @@ def linear_jobs(target: list) -> list[dict]:
                 | {"stride_am": 1, "MASK_ROWS": True, "BLOCK_M": tiles.v, "TILE_K": tiles.n},
             )
         label = {name: head[name] for name in ("h_ptr", "w_ptr", "b_ptr", "y_ptr", *SCALING)}
-        label |= {"label_ptr": "*fp32", "D": "i32", "stride_hn": "i32", "stride_wv": "i32"}
+        label |= {
+            "floor_ptr": "*fp32",
+            "rounding": "fp32",
+            "D": "i32",
+            "stride_hn": "i32",
+            "stride_wv": "i32",
+        }
         add("label_kernel", label, {"SOFTCAP": True, "BIAS": True, "BLOCK_D": 1024})
     return jobs
 

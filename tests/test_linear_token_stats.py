@@ -5,6 +5,7 @@ import pytest
 import torch
 from closeness import assert_as_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.triton_kernels import _linear_token_stats_cpu as cpu
 from trimtab.triton_kernels import _linear_token_stats_triton as kernels
@@ -29,6 +30,8 @@ def small_tiles(monkeypatch):
     small = kernels.Tiles(TILE_N, TILE_V, TILE_D, 4, 2)
     monkeypatch.setattr(kernels, "TILES", {2: small, 4: small})
     monkeypatch.setattr(kernels, "CHUNK_TOKENS", 2 * TILE_N)
+    monkeypatch.setattr(kernels, "SPLITS", 2)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
     monkeypatch.setattr(kernels, "CHUNK_SHARE", 1)
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 2 * 3 * TILE_N * TILE_V * 4)
     monkeypatch.setattr(cpu, "ROWS", TILE_N)
@@ -189,6 +192,21 @@ def test_pruned_backward_skips_the_tiles_without_a_kept_entry_exactly(fn, device
     assert (grads[1][dead] == 0).all() and (grads[1][~dead] != 0).any(1).all()
 
 
+@both_paths
+def test_a_label_outside_the_safe_set_keeps_its_tile_only(fn, device):
+    """It is no help to the bounds, so tiles before the maximum's are computed, and found dead."""
+    hidden, weight, labels, live = peaked(device)
+    labels[5] = 7 * TILE_V + 3
+    live[0, 7] = True
+    stats = fn(hidden, weight, labels, prune=1e-3)
+    expected = 1 - live[:3].float().mean(1).repeat_interleave(TILE_N)
+    torch.testing.assert_close(stats.skipped_fraction[: 3 * TILE_N], expected)
+    truth = linear_token_stats_reference(hidden, weight, labels, prune=1e-3)
+    torch.testing.assert_close(stats.logp, truth.logp, atol=1e-5, rtol=1e-5)
+    assert not stats.in_safe_set[5] and torch.equal(stats.safe_count, truth.safe_count)
+    compare_gradients(fn, hidden, weight, labels, DIFFERENTIABLE[:3], kept=TILE_V + 1)
+
+
 @pytest.mark.parametrize("path", ["kernel", "tiled"])
 def test_skipped_tiles_are_not_computed(path, device):
     """Of 32 tiles 4 are live: the pruned sweep and the backward compute no others."""
@@ -235,13 +253,13 @@ def test_gradient_of_the_whole_softmax_is_not_skipped(fn, device):
     torch.testing.assert_close((x.grad, w.grad), (t.grad, u.grad), atol=1e-5, rtol=1e-4)
 
 
-def compare_gradients(fn, hidden, weight, labels, names):
+def compare_gradients(fn, hidden, weight, labels, names, kept=TILE_V):
     """Those of `fn`, pruned, after comparison with float64."""
 
     def run(fn, dtype):
         inputs = leaves(hidden.to(dtype), weight.to(dtype))
         stats = fn(*inputs, labels, prune=1e-3)
-        assert stats.safe_count.max() <= TILE_V
+        assert stats.safe_count.max() <= kept
         return grads_of(stats, inputs, upstream_of(stats, names))
 
     grads = run(fn, torch.float32)
@@ -335,6 +353,71 @@ def test_broken_rows(fn, bad, prune, device):
         fn(x, w, labels, prune=prune, nonfinite="raise")
 
 
+@both_paths
+def test_skipped_rows_do_not_move_the_tiles_of_others(fn, device):
+    """A broken row that is skipped leaves the blocks of rows as they were."""
+    n, v = 2 * TILE_N + 1, 4 * TILE_V
+    weight = torch.randn(v, 8, generator=torch.Generator().manual_seed(0)).to(device) * 0.1
+    hidden = torch.zeros(n, 8, device=device)
+    weight[torch.arange(v), torch.arange(v) // TILE_V] += 4.0
+    look = torch.zeros(n, dtype=torch.int64)
+    look[-1] = 3
+    hidden[torch.arange(n), look] = 6.0
+    labels = (look * TILE_V).to(device)
+    ignoring = labels.clone()
+    ignoring[0] = -100
+    broken = hidden.clone()
+    broken[0] = math.nan
+    for options in ({"prune": 1e-3}, {"skip_below": 1e-3}):
+        grads = []
+        for h, y in ((broken, labels), (hidden, ignoring)):
+            x, w = leaves(h, weight)
+            stats = fn(x, w, y, nonfinite="skip", **options)
+            stats.logp[-1].backward()
+            grads.append((x.grad, w.grad))
+        torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+        assert grads[0][0][-1].abs().max() > 1e-3
+
+
+@both_paths
+def test_a_weight_of_nan_reaches_no_ignored_row(fn, device):
+    hidden, weight, _, labels = example((20, 100, 24), device)
+    labels[4] = -100
+    weight = weight.clone()
+    weight[7] = math.nan
+    x = hidden.clone().requires_grad_()
+    fn(x, weight, labels).logp.sum().backward()
+    assert (x.grad[4] == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@both_paths
+def test_rounded_products_have_no_label_floor(fn, precision, device):
+    """What a tile computes in tf32 or bf16, a bound in fp32 does not bound."""
+    hidden, weight, labels, _ = peaked(device)
+    labels[:3] = 7 * TILE_V
+    torch.set_float32_matmul_precision(precision)
+    try:
+        stats = fn(hidden, weight, labels, prune=1e-3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    truth = linear_token_stats_reference(hidden, weight, labels, prune=1e-3)
+    torch.testing.assert_close(stats.logp, truth.logp, atol=0.2, rtol=1e-2)
+
+
+@both_paths
+def test_checkpointing_recomputes_it(fn, device):
+    hidden, weight, _, labels = example((20, 100, 24), device)
+
+    def logp(x):
+        return fn(x, weight, labels, prune=1e-2).logp
+
+    plain, again = leaves(hidden, hidden)
+    logp(plain).sum().backward()
+    checkpoint(logp, again, use_reentrant=False).sum().backward()
+    assert torch.equal(plain.grad, again.grad)
+
+
 @pytest.mark.parametrize("prune", [None, 1e-2], ids=["whole", "pruned"])
 @both_paths
 def test_extreme_logits_stay_finite(fn, prune, device):
@@ -395,6 +478,16 @@ def test_autocast_runs_in_its_dtype(fn, device):
     assert torch.equal(stats.logp, expected.logp)
     stats.logp.sum().backward()
     assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
+    for prune in (None, 1e-2):
+        grads = []
+        for inside in (True, False):  # Lightning calls backward inside
+            inputs = leaves(hidden, weight, bias)
+            with torch.autocast(device, torch.bfloat16):
+                stats = fn(*inputs[:2], labels, bias=inputs[2], prune=prune)
+            with torch.autocast(device, torch.bfloat16, enabled=inside):
+                stats.logp.sum().backward()
+            grads.append([t.grad for t in inputs])
+        assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize("prune", [None, 1e-2], ids=["whole", "pruned"])
@@ -457,15 +550,15 @@ LABELS = torch.zeros(3, dtype=torch.int64)
     ("arguments", "message"),
     [
         ({"hidden": torch.zeros(1, 3, 4)}, r"hidden \[N, D\].*\(1, 3, 4\)"),
-        ({"weight": torch.zeros(5, 6)}, r"\(3, 4\), \(5, 6\)"),
+        ({"weight": torch.zeros(5, 6)}, r"\(3, 4\) and \(5, 6\)"),
         ({"weight": torch.zeros(0, 4)}, r"V and D > 0.*\(0, 4\)"),
-        ({"labels": LABELS[:2]}, r"labels \[N\].*\(2,\)"),
-        ({"bias": torch.zeros(4)}, r"bias \[V\] = \[5\], got \(4,\)"),
-        ({"hidden": HIDDEN.bfloat16()}, r"hidden is of torch\.bfloat16, weight of torch\.float32"),
-        ({"bias": torch.zeros(5).half()}, r"bias of torch\.float16"),
+        ({"labels": LABELS[:2]}, r"labels of shape \[3\], got \(2,\)"),
+        ({"bias": torch.zeros(4)}, r"bias of shape \[5\], got \(4,\)"),
+        ({"hidden": HIDDEN.bfloat16()}, r"weight of torch\.bfloat16, got torch\.float32"),
+        ({"bias": torch.zeros(5).half()}, r"bias of torch\.float32, got torch\.float16"),
         ({"hidden": HIDDEN.int(), "weight": WEIGHT.int()}, r"torch\.int32"),
         ({"labels": LABELS.int()}, r"int64.*torch\.int32"),
-        ({"weight": WEIGHT.to("meta")}, r"hidden is on cpu, weight on meta"),
+        ({"weight": WEIGHT.to("meta")}, r"weight is on meta"),
         ({"weight": torch.zeros(4, 5).t()}, r"weight must be contiguous along D.*\(1, 5\)"),
         ({"bias": torch.zeros(10)[::2]}, r"bias must be contiguous.*\(2,\)"),
         ({"labels": torch.tensor([0, 1, 5])}, r"\[0, 5\).*labels\[2\] = 5"),
@@ -474,7 +567,9 @@ LABELS = torch.zeros(3, dtype=torch.int64)
         ({"skip_below": 1.0}, r"skip_below.*1\.0"),
         ({"skip_below": 0.1, "prune": 0.1}, r"skip_below.*without prune.*both"),
         ({"softcap": -1.0}, r"softcap.*-1\.0"),
-        ({"group": object()}, r"group.*not initialized"),
+        ({"group": object()}, r"group: expected a torch.distributed.ProcessGroup.*got object"),
+        ({"weight": torch.nn.Linear(4, 5)}, r"weight: expected a torch.Tensor, got Linear"),
+        ({"prune": "0.1"}, r"prune: expected a finite number in \(0, 1\), got str 0.1"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

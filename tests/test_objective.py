@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import VOCAB, causal_lm, keep_norm_dtype
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from trimtab.rl.batch import RolloutBatch
 from trimtab.rl.config import PruningConfig, TrustRegionConfig, UpdateConfig
@@ -125,6 +126,28 @@ def test_the_fused_head_gives_the_update_of_the_logits(model, route, switch):
     )
     assert fused_loss == pytest.approx(loss, rel=1e-10, abs=1e-10)
     assert grad.norm() > 1e-3 and (grad - fused_grad).norm() < 1e-10 * grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [(Gemma2Config(final_logit_softcapping=0.5, head_dim=16), Gemma2ForCausalLM),
+     (PhiConfig(), PhiForCausalLM)],
+    ids=["softcap", "bias"],
+)  # fmt: skip
+def test_softcap_and_bias_of_a_head_are_in_its_statistics(model, config, kind):
+    batch, _ = make_batch(model, 8)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64}
+    config.update(sizes | {"num_hidden_layers": 1, "num_attention_heads": 2})
+    config.update({"num_key_value_heads": 2, "pad_token_id": 0})
+    torch.manual_seed(0)
+    other = kind(config).eval()
+    if other.lm_head.bias is not None:
+        torch.nn.init.normal_(other.lm_head.bias)
+    stats = [
+        policy_statistics(other, batch, UpdateConfig(route="dense", head=head), TEMPERATURE)
+        for head in ("logits", "fused")
+    ]
+    torch.testing.assert_close(stats[0][:5], stats[1][:5], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=range(len(SWITCHES)))

@@ -12,6 +12,8 @@ from transformers import (
     MambaForCausalLM,
     MptConfig,
     MptForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 from trimtab.rl.prefix import refuse_unsupported, response_hidden, response_logits
@@ -101,11 +103,50 @@ def test_softcap_of_the_model_goes_with_the_head():
     torch.testing.assert_close(logits, response_logits(model, **data, route="dense"))
 
 
+def test_bias_of_the_model_goes_with_the_head():
+    model = small(PhiConfig, PhiForCausalLM)
+    torch.nn.init.normal_(model.lm_head.bias)
+    data = ragged()
+    hidden, head = response_hidden(model, **data, route="dense")
+    logits = hidden @ head.weight.t() + head.bias
+    torch.testing.assert_close(logits, response_logits(model, **data, route="dense"))
+
+
 def test_a_model_that_scales_its_logits_has_no_fused_head():
     model = small(CohereConfig, CohereForCausalLM, logit_scale=0.25)
     with pytest.raises(ValueError, match=r"Cohere.* does more to its logits.*head: logits"):
         response_hidden(model, **ragged(), route="dense")
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+class Louder(torch.nn.Linear):
+    """A head that does more than its weight and bias say."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_a_head_that_is_not_its_weight_is_refused():
+    model = causal_lm("llama")
+    data = ragged()
+    head = model.lm_head
+    hook = head.register_forward_hook(lambda layer, args, output: 4 * output)
+    with pytest.raises(ValueError, match=r"does more to its logits.*head: logits"):
+        response_hidden(model, **data)
+    hook.remove()
+    model.lm_head = Louder(head.in_features, head.out_features, bias=False)
+    with pytest.raises(ValueError, match=r"does more to its logits"):
+        response_hidden(model, **data)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    response_hidden(model, **data)  # nothing to see yet, so it is not taken for checked
+    torch.nn.init.normal_(model.lm_head.weight)
+    with pytest.raises(ValueError, match=r"does more to its logits"):
+        response_hidden(model, **data)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"not finite"):
+        response_hidden(model, **data)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -85,6 +85,17 @@ def test_a_head_without_its_logits_gives_the_same(rho, device):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match=r"hidden \[B, T, D\]"):
         linear_response_statistics(hidden[0], weight, tokens, mask)
+    with pytest.raises(ValueError, match=r"weight \[V, D\] .*not transposed.*\(12, 70\)"):
+        linear_response_statistics(hidden, weight.t(), tokens, mask)
+
+
+@pytest.mark.parametrize("token", [-100, -1, 11])
+def test_a_generated_token_that_is_none_is_named(token, device):
+    """Also -100, which other libraries ignore: the mask says that it counts."""
+    logits, tokens, mask = batch(3, 5, 11, device)
+    tokens[0, 0] = token
+    with pytest.raises(ValueError, match=rf"tokens in \[0, 11\) .*got {token} at \(0, 0\)"):
+        response_statistics(logits, tokens, mask)
 
 
 def test_masked_positions_may_hold_anything(device):

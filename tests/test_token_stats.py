@@ -5,6 +5,7 @@ import pytest
 import torch
 from closeness import assert_as_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from trimtab.triton_kernels import token_stats as module
 from trimtab.triton_kernels._rows import BUFFER_BYTES
@@ -342,6 +343,19 @@ def test_backward_in_place_is_refused_by_autograd_where_another_needs_the_logits
 
 
 @both_paths
+def test_checkpointing_recomputes_it(fn, device):
+    padded, labels = example((2, 5000), device)
+    plain, again = (padded.clone().requires_grad_() for _ in range(2))
+
+    def entropy(x):
+        return fn(2 * x, labels, prune=1e-2).entropy
+
+    entropy(plain).sum().backward()
+    checkpoint(entropy, again, use_reentrant=False).sum().backward()
+    assert torch.equal(plain.grad, again.grad)
+
+
+@both_paths
 def test_max_logit_and_counts_carry_no_gradient(fn, device):
     padded, labels = example((2, 50), device)
     stats = fn(padded.requires_grad_(), labels, prune=0.1)
@@ -409,11 +423,11 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     ("arguments", "message"),
     [
         ({"logits": torch.zeros(2, 3, 4)}, r"\[N, V\].*\(2, 3, 4\)"),
-        ({"labels": LABELS[:2]}, r"labels \[N\].*\(2,\)"),
+        ({"labels": LABELS[:2]}, r"labels of shape \[3\], got \(2,\)"),
         ({"logits": torch.zeros(3, 0)}, r"V > 0.*\(3, 0\)"),
         ({"logits": torch.zeros(3, 4, dtype=torch.int32)}, r"torch\.int32"),
         ({"labels": LABELS.int()}, r"int64.*torch\.int32"),
-        ({"labels": LABELS.to("meta")}, r"logits are on cpu, labels on meta"),
+        ({"labels": LABELS.to("meta")}, r"labels is on meta"),
         ({"logits": torch.zeros(4, 3).t()}, r"contiguous along V.*\(1, 3\)"),
         ({"labels": torch.tensor([0, 1, 4])}, r"\[0, 4\).*labels\[2\] = 4"),
         ({"labels": torch.tensor([0, -1, 9])}, r"labels\[1\] = -1"),
@@ -423,8 +437,25 @@ LOGITS, LABELS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         ({"prune": 1.0}, r"prune.*1\.0"),
         ({"softcap": 0.0}, r"softcap.*0\.0"),
         ({"nonfinite": "ignore"}, r"nonfinite.*skip.*'ignore'"),
-        ({"group": object()}, r"group.*not initialized"),
+        ({"group": "tp"}, r"group: expected a torch.distributed.ProcessGroup.*got str"),
+        ({"temperature": torch.tensor(1.0)}, r"temperature: expected a finite number.*Tensor"),
+        ({"temperature": "1"}, r"temperature: expected a finite number.*str 1"),
+        ({"temperature": 1e-45}, r"temperature: expected.*> 1e-38"),
+        ({"softcap": True}, r"softcap.*True"),
+        ({"ignore_index": torch.tensor([True])}, r"ignore_index: expected an int, got Tensor"),
+        ({"logits": [[1.0]]}, r"logits: expected a torch.Tensor, got list"),
         ({"logits": torch.zeros(3, 4, requires_grad=True), "inplace_backward": True}, r"leaf"),
+        (
+            {"logits": torch.zeros(1, 3, 4, requires_grad=True)[0], "inplace_backward": True},
+            r"got a leaf",
+        ),
+        (
+            {
+                "logits": torch.zeros(4, requires_grad=True).mul(1).expand(3, 4),
+                "inplace_backward": True,
+            },
+            r"rows do not overlap, got strides \(0, 1\)",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from closeness import assert_as_close_as
 
+from trimtab.stability import linear_response_statistics, response_statistics
 from trimtab.triton_kernels import _linear_token_stats_cpu as tiled
 from trimtab.triton_kernels import _linear_token_stats_triton as kernels
 from trimtab.triton_kernels import linear_token_stats as linear
@@ -96,6 +97,24 @@ def check_linear(columns, options, group):
     dist.all_reduce(grad_hidden, group=group)  # as Megatron-core's tensor-parallel region does
     cut = [(s, (grads[0], grads[1][columns])) for s, grads in (one, truth)]
     compare((stats, (grad_hidden, grad_weight)), *cut, f"linear_token_stats {options}")
+
+
+def check_responses(columns, group):
+    """The [B, T] functions pass the group on."""
+    hidden, weight, labels = problem()
+    mask = (labels >= 0)[None]
+    logits = (hidden @ weight.t())[None]
+    for prune in (None, 0.05):
+        one = response_statistics(logits, labels[None], mask, prune=prune)
+        options = {"prune": prune, "group": group}
+        cut = response_statistics(logits[..., columns], labels[None], mask, **options)
+        fused = linear_response_statistics(
+            hidden[None], weight[columns], labels[None], mask, **options
+        )
+        for mine in (cut, fused):
+            for a, b in zip(mine[:8], one[:8]):
+                if b is not None:
+                    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def check_masked_shard(columns, group):
@@ -195,6 +214,7 @@ def run(rank, world, folder):
                 ):
                     check_logits(columns, options, group)
                     check_linear(columns, options, group)
+                check_responses(columns, group)
                 check_masked_shard(columns, group)
                 check_broken(columns, group)
                 check_messages(columns, group)

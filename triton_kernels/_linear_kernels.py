@@ -60,31 +60,36 @@ def label_kernel(
     w_ptr,
     b_ptr,
     y_ptr,
-    label_ptr,
+    floor_ptr,
     D,
     stride_hn,
     stride_wv,
     inv_temperature,
     softcap,
+    rounding,
     SOFTCAP: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """x of the labels, less what the order of its sum and that of a tile can differ by."""
     n = tl.program_id(0).to(tl.int64)
     y = tl.load(y_ptr + n)
     if y < 0:
         return
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
+    magnitude = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
         inside = d < D - start
         h = tl.load(h_ptr + n * stride_hn + start + d, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + y * stride_wv + start + d, mask=inside, other=0.0).to(tl.float32)
         total += h * w
+        magnitude += tl.abs(h * w)
     z = tl.sum(total, axis=0)
     if BIAS:
         z += tl.load(b_ptr + y).to(tl.float32)
-    tl.store(label_ptr + n, transformed(z, inv_temperature, softcap, SOFTCAP))
+    x = transformed(z, inv_temperature, softcap, SOFTCAP)
+    tl.store(floor_ptr + n, x - rounding * tl.sum(magnitude, axis=0) * inv_temperature)
 
 
 @jit

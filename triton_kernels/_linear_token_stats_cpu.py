@@ -19,6 +19,7 @@ from ._transform import transform, transform_
 
 ROWS, COLUMNS = 512, 1024
 SLACK = 0.01  # nats: a bound is computed in another order than its tile
+ROUNDING = 3e-5  # of a sum of products in fp32, relative to the sum of their magnitudes
 
 
 class Head:
@@ -66,11 +67,14 @@ class Head:
         """[rows] a number that the label's x surely reaches, -inf where the label is elsewhere."""
         y = self.y[rows]
         column = y.clamp_min(0)
-        z = (self.hidden_rows(rows) * self.weight[column].to(self.dtype)).sum(-1)
+        terms = self.hidden_rows(rows) * self.weight[column].to(self.dtype)
+        z = terms.sum(-1)
+        rounding = ROUNDING * terms.abs_().sum(-1) / self.options.temperature
         if self.bias is not None:
             z += self.bias[column]
         x = transform(z, self.options.temperature, self.options.softcap)
-        return torch.where(y >= 0, x - 1e-4 * x.abs(), -torch.inf)
+        exact = torch.get_float32_matmul_precision() == "highest"  # else tiles are of other numbers
+        return torch.where((y >= 0) & exact, x - rounding, -torch.inf)
 
     def empty(self, numbers: int) -> list[Tensor]:
         return [self.hidden.new_zeros(len(self.rows), dtype=self.dtype) for _ in range(numbers)]
@@ -87,6 +91,11 @@ class Head:
         live = live.clone()
         live[rows[here] // ROWS, self.y[here] // COLUMNS] = True
         return live
+
+    def live_without_broken(self, live: Tensor, y: Tensor) -> Tensor | None:
+        """`live` for a head without the rows that `y` has come to ignore: its blocks of rows are
+        others then, so none of its tiles may be skipped."""
+        return live if len(self.rows) == int((y != IGNORED).sum()) else None
 
     def skipped_fraction(self, live: Tensor) -> Tensor:
         """[N] share of the tiles of a row that are not live; 0 at ignored rows."""

@@ -25,6 +25,11 @@ from ._token_sums import IGNORED, KeptSums, Options, WholeSums, merge_whole
 # A tile is left out of a sweep if its bound is this much below the threshold (nats): the bound's
 # maximum and label are computed in another order than the tile.
 SLACK = 0.01
+ROUNDING = 3e-5  # of a sum of products in fp32, relative to the sum of their magnitudes
+# A sweep over the vocabulary is split in so many programs a token block at least, and in more where
+# that leaves fewer programs than this in all.
+SPLITS = 12
+PROGRAMS = 256
 # Backward goes chunk by chunk: so many tokens at once, and as many entries as the scratch holds,
 # but no more than this share of the vocabulary.
 CHUNK_TOKENS = 8192
@@ -96,6 +101,10 @@ class Head:
         labels.index_put_((row, column), (self.y >= 0).to(torch.int32), accumulate=True)
         return live | (labels > 0)
 
+    def live_without_broken(self, live: Tensor, y: Tensor) -> Tensor:
+        """`live` for a head whose broken rows `y` has come to ignore: blocks of rows stay."""
+        return live
+
     def skipped_fraction(self, live: Tensor) -> Tensor:
         """[N] share of the tiles of a row that are not live; 0 at ignored rows."""
         share = 1 - live.to(torch.float32).mean(1)
@@ -117,7 +126,7 @@ def matmul_options(dtype: torch.dtype, tiles: Tiles) -> dict:
 def _splits(head: Head) -> int:
     """Parts of the vocabulary, one program each: enough programs, and few rows at a time in L2."""
     blocks, tiles = head.blocks
-    return min(tiles, max(12, triton.cdiv(256, blocks)))
+    return min(tiles, max(SPLITS, triton.cdiv(PROGRAMS, blocks)))
 
 
 def _label_floor(head: Head) -> Tensor:
@@ -125,11 +134,17 @@ def _label_floor(head: Head) -> Tensor:
     floor = torch.full((len(head.y),), -torch.inf, device=head.hidden.device)
     numbers = head.numbers
     names = ("D", "stride_hn", "stride_wv", "inv_temperature", "softcap", "SOFTCAP", "BIAS")
+    if numbers["PRECISION"] != "ieee":
+        return floor  # tiles are of other numbers
     block = min(1024, triton.next_power_of_2(head.hidden.shape[1]))
     label_kernel[(len(head.y),)](
-        *head.pointers, floor, **{name: numbers[name] for name in names}, BLOCK_D=block
+        *head.pointers,
+        floor,
+        **{name: numbers[name] for name in names},
+        rounding=ROUNDING,
+        BLOCK_D=block,
     )
-    return floor - 1e-4 * floor.abs().nan_to_num(posinf=0)
+    return floor
 
 
 def whole_sums(head: Head, track: bool) -> tuple[WholeSums, Tensor | None]:
@@ -209,6 +224,7 @@ def gradients(
     upstream = [torch.zeros_like(saved[0]) if g is None else g.contiguous() for g in upstream]
     chunk_n = min(blocks, max(1, CHUNK_TOKENS // tiles.n))
     tile_bytes = chunk_n * tiles.n * tiles.v * hidden.element_size()
+    tile_bytes = max(tile_bytes, tiles.v * width * 4)  # of dz, and of the weight's gradient
     chunk_v = max(1, min(SCRATCH_BYTES // tile_bytes, math.ceil(columns * CHUNK_SHARE)))
     dz = torch.empty(chunk_n * tiles.n, chunk_v * tiles.v, dtype=hidden.dtype, device=device)
     grad_hidden = torch.zeros(n, width, device=device) if needed[0] else None
@@ -216,11 +232,12 @@ def gradients(
     if needed[1]:
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = torch.empty_like(bias) if needed[2] else None
+    weight_sums = torch.empty(chunk_v * tiles.v, width, device=device) if needed[1] else None
     for v0 in range(0, columns, chunk_v):
         v1 = min(columns, v0 + chunk_v)
         rows_v = slice(v0 * tiles.v, min(v, v1 * tiles.v))
         size_v = rows_v.stop - rows_v.start
-        weight_sum = torch.empty(size_v, width, device=device) if needed[1] else None
+        weight_sum = None if weight_sums is None else weight_sums[:size_v]
         bias_sum = torch.zeros(chunk_v * tiles.v, device=device) if needed[2] else None
         for n0 in range(0, blocks, chunk_n):
             n1 = min(blocks, n0 + chunk_n)
@@ -268,7 +285,9 @@ def gradients(
             grad_weight[rows_v] = weight_sum
         if needed[2]:
             grad_bias[rows_v] = bias_sum[:size_v]
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+    if grad_hidden is not None:  # 0 times a weight of NaN is NaN
+        grad_hidden = grad_hidden.masked_fill_((y == IGNORED)[:, None], 0).to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _multiply(

@@ -8,11 +8,13 @@ an L2 cache of 2 MB.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.tensor import DTensor
 
 from ._launch import triton
 from ._transform import transform_
@@ -20,6 +22,7 @@ from ._transform import transform_
 BUFFER_BYTES = 2**19
 MAX_BLOCK_V = 4096
 NUM_WARPS = 8  # 16 entries of a block per thread
+_LEAST_TEMPERATURE = 1e-38
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -67,6 +70,7 @@ def shared_sum(sums: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
+    check_tensor(logits, name)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"expected {name} [N, V] with V > 0, got {tuple(logits.shape)}")
     if logits.dtype not in DTYPES:
@@ -75,8 +79,11 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name} must be contiguous along V, got strides {logits.stride()}")
 
 
-def check_like(x: Tensor, logits: Tensor, name: str, shape: tuple, dtypes: tuple) -> None:
+def check_like(
+    x: Tensor, logits: Tensor, name: str, shape: tuple, dtypes: tuple, of: str = "logits"
+) -> None:
     """`x` has this shape (None: any size), one of these dtypes, and the device of the logits."""
+    check_tensor(x, name)
     if x.ndim != len(shape) or any(b not in (None, a) for a, b in zip(x.shape, shape)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"expected {name} of shape [{wanted}], got {tuple(x.shape)}")
@@ -84,7 +91,7 @@ def check_like(x: Tensor, logits: Tensor, name: str, shape: tuple, dtypes: tuple
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"expected {name} of {wanted}, got {x.dtype}")
     if x.device != logits.device:
-        raise ValueError(f"logits are on {logits.device}, {name} on {x.device}")
+        raise ValueError(f"{of} on {logits.device}, but {name} on {x.device}")
 
 
 def check_mask(mask: Tensor | None, logits: Tensor) -> None:
@@ -92,15 +99,50 @@ def check_mask(mask: Tensor | None, logits: Tensor) -> None:
         check_like(mask, logits, "mask", (logits.shape[0],), (torch.bool,))
 
 
-def check_positive(value: float | None, name: str) -> None:
-    """`value` is a finite number > 0, or None."""
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be finite and > 0, got {value}")
+def check_number(value: float, name: str, low: float, high: float) -> float:
+    """`value` as a float, if it is a number in (low, high); tensors are none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not low < value < high:
+        found = f"{type(value).__name__} {value}" if isinstance(value, str | Tensor) else value
+        bounds = f"> {low:g}" if high == math.inf else f"in ({low:g}, {high:g})"
+        raise ValueError(f"{name}: expected a finite number {bounds}, got {found}")
+    return float(value)
+
+
+def check_temperature(value: float, name: str = "temperature") -> float:
+    """A temperature whose inverse is finite in fp32."""
+    return check_number(value, name, _LEAST_TEMPERATURE, math.inf)
+
+
+def check_softcap(value: float | None, name: str = "softcap") -> float | None:
+    return None if value is None else check_number(value, name, 0, math.inf)
+
+
+def check_integer(value: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value}")
+
+
+def check_tensor(x: Tensor, name: str) -> None:
+    """`x` is a plain tensor with data."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if isinstance(x, DTensor):
+        raise ValueError(
+            f"{name} is a DTensor, expected a plain tensor: full_tensor(), or to_local() with "
+            "group= where the vocabulary is sharded"
+        )
+    if x.is_meta:
+        raise ValueError(f"{name} is on meta, expected a device with data")
 
 
 def check_group(group: ProcessGroup | None) -> None:
     if group is None:
         return
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            "group: expected a torch.distributed.ProcessGroup (of a DeviceMesh: "
+            f"mesh.get_group()), got {type(group).__name__}"
+        )
     if not dist.is_initialized():
         raise ValueError("group was given, but torch.distributed is not initialized")
     if dist.get_rank(group) < 0:

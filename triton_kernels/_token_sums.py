@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from ._rows import check_group
+from ._rows import check_group, check_number, check_softcap, check_temperature
 
 IGNORED, ELSEWHERE = -1, -2
 NONFINITE = ("nan", "skip", "raise")
@@ -41,16 +41,14 @@ class Options(NamedTuple):
         return 0.0 if self.prune is None else math.log(self.prune)
 
 
-def check_options(options: Options) -> None:
-    """Raise at the first number out of its range."""
-    if not (options.temperature > 0 and math.isfinite(options.temperature)):
-        raise ValueError(f"temperature must be finite and > 0, got {options.temperature}")
-    if options.prune is not None and not 0 < options.prune < 1:
-        raise ValueError(f"prune must be in (0, 1) or None, got {options.prune}")
-    if options.softcap is not None and not (options.softcap > 0 and math.isfinite(options.softcap)):
-        raise ValueError(f"softcap must be finite and > 0 or None, got {options.softcap}")
-    if options.nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite must be one of {NONFINITE}, got {options.nonfinite!r}")
+def make_options(temperature, softcap, prune, group, nonfinite) -> Options:
+    """The options, after checks of each."""
+    if prune is not None:
+        prune = check_number(prune, "prune", 0, 1)
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite must be one of {NONFINITE}, got {nonfinite!r}")
+    check_group(group)
+    return Options(check_temperature(temperature), check_softcap(softcap), prune, group, nonfinite)
 
 
 class WholeSums(NamedTuple):

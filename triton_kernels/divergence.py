@@ -39,7 +39,8 @@ from ._rows import (
     check_group,
     check_logits,
     check_mask,
-    check_positive,
+    check_softcap,
+    check_temperature,
     live_chunks,
     live_rows,
     load_rows,
@@ -203,6 +204,14 @@ def _gradient_kernel(
         tl.store(grad_o_ptr + n * V + v, grad, mask=v < V)
 
 
+def _small_excess(w: Tensor, out: Tensor) -> Tensor:
+    """`_excess`, over `out`."""
+    out.fill_(1)
+    for k in range(9, 2, -1):
+        out.mul_(w).div_(k).add_(1)
+    return out.mul_(w).mul_(w).mul_(0.5)
+
+
 class _Scale(NamedTuple):
     temperature: float
     softcap: float | None
@@ -257,10 +266,9 @@ def _chunked_sums(logits: Tensor, other: Tensor, live: Tensor, scales) -> _Sums:
         s_p, s_q = e.sum(-1), f.sum(-1)
         w = torch.where(e > 0, c.sub_(d), 0)  # else -inf - -inf
         far = f.sub_(e)
-        near = torch.expm1(w, out=d).mul_(e)
-        more = torch.where((w.abs() < _SMALL) & (e > 0), near, far)
-        ew = w.mul_(e)
-        more.sub_(ew)
+        near = _small_excess(w, out=d).mul_(e)
+        ew = w * e
+        more = torch.where((w.abs() < _SMALL) & (e > 0), near, far.sub_(ew))
         found = (top_p.squeeze(-1), top_q.squeeze(-1), s_p, s_q, -ew.sum(-1), more.sum(-1))
         sums[:, rows] = torch.stack(found)
     return _Sums(*sums)
@@ -310,7 +318,8 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
-        logits, other, *_ = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one read only
+        logits, other = saved[:2]
         make = torch.empty if ctx.kernel else torch.zeros
         grads = [
             make(z.shape, dtype=z.dtype, device=z.device) if needed else None
@@ -318,7 +327,7 @@ class _TokenKL(torch.autograd.Function):
         ]
         if logits.shape[0]:
             fill = _kernel_gradients if ctx.kernel else _chunked_gradients
-            fill(*ctx.saved_tensors, upstream.contiguous(), *grads, ctx.scales)
+            fill(*saved, upstream.contiguous(), *grads, ctx.scales)
         return (*grads, None, None, None, None)
 
 
@@ -360,12 +369,12 @@ def token_kl(
 ) -> Tensor:
     """KL(p || q) of every token, p = softmax of `logits`, q = softmax of `other_logits`, exactly.
 
-    Differentiable once, in both. Accurate also where p and q nearly agree: its error is relative to
-    the divergence, not to the logits. A -inf logit (a masked entry) has probability 0 and gets
-    gradient 0. Where p > 0 and q = 0 the divergence is +inf; such a row has no finite gradient for
-    `logits` and gets 0 there, while `other_logits` get q - p. A probability of p that underflows
-    (below e^-103 of the largest) counts as 0. A row with NaN, +inf or no finite logit in either
-    argument gives NaN, and so is its gradient or part of it.
+    Differentiable once, in both. Accurate also where p and q nearly agree: what is lost is the
+    rounding of differences of logits, not that of differences of log-probabilities. A -inf logit (a
+    masked entry) has probability 0 and gets gradient 0. Where p > 0 and q = 0 the divergence is
+    +inf; such a row has no finite gradient for `logits` and gets 0 there, while `other_logits` get
+    q - p. A probability of p that underflows (below e^-103 of the largest) counts as 0. A row with
+    NaN, +inf or no finite logit in either argument gives NaN, and so is its gradient or part of it.
 
     Args:
         logits: [N, V] fp32, bf16, fp16 or fp64, contiguous along V; rows may be strided.
@@ -398,15 +407,17 @@ def token_kl(
     if sum_dtype(other_logits) != sum_dtype(logits):
         found = f"{logits.dtype} and {other_logits.dtype}"
         raise ValueError(f"expected logits and other_logits both fp64 or neither, got {found}")
-    check_positive(temperature, "temperature")
-    check_positive(other_temperature, "other_temperature")
-    check_positive(softcap, "softcap")
-    check_positive(other_softcap, "other_softcap")
+    temperature = check_temperature(temperature)
+    if other_temperature is None:
+        other_temperature = temperature
+    scales = (
+        _Scale(temperature, check_softcap(softcap)),
+        _Scale(
+            check_temperature(other_temperature, "other_temperature"),
+            check_softcap(other_softcap, "other_softcap"),
+        ),
+    )
     check_mask(mask, logits)
     check_group(group)
-    scales = (
-        _Scale(temperature, softcap),
-        _Scale(temperature if other_temperature is None else other_temperature, other_softcap),
-    )
     kernel = runs_kernel(logits) and logits.dtype != torch.float64
     return _TokenKL.apply(logits, other_logits, live_rows(logits, mask), scales, group, kernel)

@@ -29,9 +29,11 @@ from ._launch import jit, runs_kernel, tl, triton
 from ._rows import (
     NUM_WARPS,
     block_of,
+    check_integer,
     check_like,
     check_logits,
-    check_positive,
+    check_softcap,
+    check_temperature,
     live_chunks,
     load_rows,
     shared_max,
@@ -287,8 +289,8 @@ def gem_loss(
     """
     check_logits(logits)
     check_like(labels, logits, "labels", (logits.shape[0],), (torch.int64,))
-    check_positive(beta, "beta")
-    check_positive(softcap, "softcap")
+    beta, softcap = check_temperature(beta, "beta"), check_softcap(softcap)
+    check_integer(ignore_index, "ignore_index")
     if h not in ("linear", "logsigmoid"):
         raise ValueError(f"h must be 'linear' or 'logsigmoid', got {h!r}")
     shard = locate_shard(logits.shape[1], group, logits.device)
@@ -307,16 +309,19 @@ def gem_loss_from_stats(stats: TokenStats, *, beta: float) -> Tensor:
     Value and gradient are those of `gem_loss`: beta * (-logp - entropy), the entropy a constant.
 
     Args:
-        stats: of the labels at temperature = beta, without pruning. [N] fields.
-        beta: > 0, the temperature the statistics were computed at.
+        stats: of the labels at temperature = beta, without pruning. Fields of any shape.
+        beta: > 0, the temperature the statistics were computed at: another one cannot be told from
+            them, and gives another loss.
 
     Returns:
-        [N], in the dtype of the statistics; 0 in ignored rows.
+        As stats.logp, in shape and dtype; 0 in ignored rows.
 
     Raises:
-        ValueError: beta is out of range.
+        ValueError: beta is out of range, or the statistics are pruned.
 
     Source: arXiv 2408.16673.
     """
-    check_positive(beta, "beta")
+    beta = check_temperature(beta, "beta")
+    if stats.log_kept_mass is not None:
+        raise ValueError("stats: expected statistics of the whole vocabulary, got pruned ones")
     return beta * (-stats.logp - stats.entropy.detach())

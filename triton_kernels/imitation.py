@@ -31,7 +31,14 @@ from torch.distributed import ProcessGroup
 
 from ._exp_sums import ExpSums, Rows, exp_sums, softmax_gradient
 from ._launch import runs_kernel
-from ._rows import check_like, check_logits, check_mask, check_positive, live_rows
+from ._rows import (
+    check_like,
+    check_logits,
+    check_mask,
+    check_softcap,
+    check_temperature,
+    live_rows,
+)
 from ._token_sums import Shard, locate_shard
 from ._transform import transform
 
@@ -121,7 +128,7 @@ def teacher_kl(
     mask: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """KL of every token from softmax(logits) to a teacher, over his top k and the tail as one.
+    """KL(policy || teacher) of every token, over the teacher's top k and the tail as one.
 
     Differentiable once, in `logits` only. A -inf logit (a masked entry) has probability 0 and gets
     gradient 0. Where the teacher reports probability 0 (-inf) and the policy has some, the
@@ -133,7 +140,8 @@ def teacher_kl(
         teacher_ids: [N, K] int64, K > 0, in [0, V), distinct in each row, in any order.
         teacher_logp: [N, K] fp32 or fp64, nats, <= 0: log-probabilities of those entries under the
             teacher's whole softmax. What they leave of 1 is his tail, taken to be eps of their
-            dtype at least (module docstring); a sum above 1.001 is an error. They get no gradient.
+            dtype at least (module docstring): log-probabilities that were renormalised over the top
+            k say that he gives the tail nothing. A sum above 1.001 is an error. No gradient.
         temperature: > 0; of `logits`. The teacher's is his own affair.
         softcap: c > 0, for c tanh(logits / c) before the temperature; None: none.
         mask: [N] bool; a row with False gives 0, gets gradient 0 and is not read, nor are its
@@ -162,8 +170,7 @@ def teacher_kl(
     check_like(teacher_logp, logits, "teacher_logp", tuple(teacher_ids.shape), dtypes)
     if teacher_ids.shape[1] == 0:
         raise ValueError(f"expected teacher_ids [N, K] with K > 0, got {tuple(teacher_ids.shape)}")
-    check_positive(temperature, "temperature")
-    check_positive(softcap, "softcap")
+    temperature, softcap = check_temperature(temperature), check_softcap(softcap)
     check_mask(mask, logits)
     live = live_rows(logits, mask)
     shard = locate_shard(logits.shape[1], group, logits.device)

@@ -14,8 +14,13 @@ probability reaches a threshold: that one is an approximation.
 
 Cost: 1 product [N, D] x [D, V] forward (pruned: and the share of tiles that the second sweep
 needs), 3 backward for the tiles that are not skipped. Memory beside inputs and gradients: about 100
-numbers a token, 5 bytes for each 16,384 logits (bounds), dz of a chunk (on a GPU a tenth of the
-logits, 128 MB at most; on a CPU 2 MB), gradients of 16-bit hidden states once more in fp32.
+numbers a token (more where tokens are few), 5 bytes a tile of 16,384 logits (fp32: 4,096) for
+bounds, dz and the gradient of the weight of a chunk (on a GPU of a tenth of the vocabulary, and 128
+MB each at most; on a CPU 2 MB), gradients of 16-bit hidden states once more in fp32.
+
+Products are those of tensor cores: 16-bit operands exactly, sums in fp32; fp32 operands as
+torch.set_float32_matmul_precision says. dz is rounded to the dtype of `hidden` on a GPU, so fp16
+wants a scaled loss as ever.
 """
 
 from __future__ import annotations
@@ -26,19 +31,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from . import _linear_token_stats_cpu, _linear_token_stats_triton
 from ._launch import runs_kernel
-from ._rows import DTYPES
+from ._rows import DTYPES, check_integer, check_like, check_number, check_tensor
 from ._token_sums import (
     IGNORED,
     Options,
     check_labels,
-    check_options,
     finish,
     local_labels,
     locate_shard,
+    make_options,
     reduce_kept,
     reduce_whole,
     settle,
@@ -74,8 +78,7 @@ class _LinearTokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, y: Tensor, options: Options, skip_below, backend):
-        needs_gradient = any(ctx.needs_input_grad)
-        track = options.prune is not None or (skip_below is not None and needs_gradient)
+        track = options.prune is not None or skip_below is not None
         kept = live = None
         with torch.cuda.device_of(hidden):
             head = backend.Head(hidden, weight, bias, y, options)
@@ -88,6 +91,7 @@ class _LinearTokenStats(torch.autograd.Function):
             elif track:
                 live = head.with_labels(bound >= math.log(skip_below))
         outputs, y = settle(finish(whole, kept, y, options), y, options.nonfinite)
+        live = live if live is None else head.live_without_broken(live, y)
         _, entropy, sum_p2, _, top, kept_mass, count, inside, broken = outputs
         skipped = None if live is None else head.skipped_fraction(live)
         log_sum = whole.s1.log().masked_fill(y == IGNORED, 0)
@@ -106,7 +110,8 @@ class _LinearTokenStats(torch.autograd.Function):
         hidden, weight, bias, y, live, *saved = ctx.saved_tensors
         if ctx.options.prune is not None and (g_lse is not None or g_kept_mass is not None):
             live = None  # these two have a gradient outside K
-        with torch.cuda.device_of(hidden):
+        # Lightning calls backward within autocast: products of PyTorch would be cast
+        with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
             gradients = ctx.backend.gradients(
                 ctx.backend.Head(hidden, weight, bias, y, ctx.options),
                 saved,
@@ -140,8 +145,9 @@ def linear_token_stats(
         hidden: [N, D] fp32, bf16, fp16 or fp64, contiguous along D; rows may be strided.
         weight: [V, D] of the same dtype, contiguous along D; with `group` this rank's rows,
             [V of the shard, D]. The gradient for `hidden` is then this shard's part of it, which
-            the caller adds up over the group (Megatron-core's copy to the tensor-parallel region
-            does); those for weight and bias are complete.
+            the caller adds up over the group; those for weight and bias are complete. Megatron-core
+            does it with copy_to_tensor_model_parallel_region, applied last, to the contiguous
+            [N, D]: before a transpose its all-reduce misses the gradient (0.16.1).
         labels: [N] int64, as in `token_stats`.
         bias: [V] of the same dtype, or None.
         temperature: > 0.
@@ -168,14 +174,17 @@ def linear_token_stats(
     Source: the blocks follow arXiv 2411.09009 (cut cross-entropy), which skips tiles below a
         threshold; here, under pruning (arXiv 2512.23087), skipping is exact.
     """
-    options = Options(temperature, softcap, prune, group, nonfinite)
-    check_options(options)
-    if skip_below is not None and not 0 < skip_below < 1:
-        raise ValueError(f"skip_below must be in (0, 1) or None, got {skip_below}")
+    options = make_options(temperature, softcap, prune, group, nonfinite)
+    check_integer(ignore_index, "ignore_index")
+    if skip_below is not None:
+        skip_below = check_number(skip_below, "skip_below", 0, 1)
     if skip_below is not None and prune is not None:
         raise ValueError(
             "skip_below is for statistics without prune, which skips exactly; got both"
         )
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is not None:
+            check_tensor(x, name)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
@@ -188,37 +197,28 @@ def linear_token_stats(
     y = local_labels(labels, len(weight), shard, ignore_index)
     kernel = runs_kernel(hidden) and hidden.dtype != torch.float64 and len(labels) > 0
     backend = _linear_token_stats_triton if kernel else _linear_token_stats_cpu
+    needed = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if not (needed and torch.is_grad_enabled()):
+        skip_below = None
     with torch.autocast(kind, enabled=False):  # tiles are fp32, also where PyTorch multiplies them
         outputs = _LinearTokenStats.apply(hidden, weight, bias, y, options, skip_below, backend)
     return TokenStats(*outputs)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    shapes = f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
-    if hidden.ndim != 2 or weight.ndim != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(f"expected hidden [N, D], weight [V, D] and labels [N], got {shapes}")
-    if hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
-        raise ValueError(f"expected hidden [N, D] and weight [V, D], V and D > 0, got {shapes}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias [V] = [{len(weight)}], got {tuple(bias.shape)}")
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x.ndim == 2 and x.stride(1) != 1 and x.shape[1] > 1:
+            raise ValueError(f"{name} must be contiguous along D, got strides {x.stride()}")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        found = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"expected hidden [N, D] and weight [V, D], got {found}")
+    if 0 in weight.shape:
+        raise ValueError(f"expected weight [V, D], V and D > 0, got {tuple(weight.shape)}")
     if hidden.dtype not in DTYPES:
         raise ValueError(f"expected hidden of fp32, bf16, fp16 or fp64, got {hidden.dtype}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"expected labels of int64, got {labels.dtype}")
-    for name, x in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if x is None:
-            continue
-        if x is not labels and x.dtype != hidden.dtype:
-            raise ValueError(f"hidden is of {hidden.dtype}, {name} of {x.dtype}: cast one of them")
-        if x.device != hidden.device:
-            raise ValueError(f"hidden is on {hidden.device}, {name} on {x.device}")
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if isinstance(x, DTensor):
-            raise ValueError(
-                f"{name} is a DTensor: pass a plain tensor (full_tensor()), or a plain shard of "
-                "weight with group="
-            )
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            raise ValueError(f"{name} must be contiguous along D, got strides {x.stride()}")
-    if bias is not None and not bias.is_contiguous():
-        raise ValueError(f"bias must be contiguous, got strides {bias.stride()}")
+    check_like(labels, hidden, "labels", (len(hidden),), (torch.int64,), of="hidden")
+    check_like(weight, hidden, "weight", weight.shape, (hidden.dtype,), of="hidden")
+    if bias is not None:
+        check_like(bias, hidden, "bias", (len(weight),), (hidden.dtype,), of="hidden")
+        if not bias.is_contiguous():
+            raise ValueError(f"bias must be contiguous, got strides {bias.stride()}")

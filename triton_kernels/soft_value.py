@@ -22,7 +22,14 @@ from torch.distributed import ProcessGroup
 
 from ._exp_sums import Rows, exp_sums, softmax_gradient
 from ._launch import runs_kernel
-from ._rows import check_group, check_logits, check_mask, check_positive, live_rows
+from ._rows import (
+    check_group,
+    check_logits,
+    check_mask,
+    check_softcap,
+    check_temperature,
+    live_rows,
+)
 from ._transform import transform
 
 
@@ -73,6 +80,7 @@ def initial_value(
 ) -> Tensor:
     """V(s) = ln sum_v e^x_v of every state, x = softcap(logits) / temperature.
 
+    It is the field logsumexp of token statistics, so `linear_token_stats` gives it without logits.
     Differentiable once; the gradient is softmax(x). A -inf logit (a masked entry) adds nothing and
     gets gradient 0. A row with NaN, +inf or no finite logit gives NaN.
 
@@ -95,8 +103,7 @@ def initial_value(
     Source: arXiv 2603.23355, V(s1).
     """
     check_logits(logits)
-    check_positive(temperature, "temperature")
-    check_positive(softcap, "softcap")
+    temperature, softcap = check_temperature(temperature), check_softcap(softcap)
     check_mask(mask, logits)
     check_group(group)
     kernel = runs_kernel(logits) and logits.dtype != torch.float64

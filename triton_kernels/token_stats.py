@@ -20,8 +20,8 @@ S is a constant in these derivatives: the threshold moves with max x but carries
 
 Cost: 1 read of [N, V] forward (with pruning a second one, of a row that was just read, so from L2);
 1 read and 1 write backward. Of size [N, V] nothing is kept but the logits; 6 numbers a token are.
-A vocabulary sharded over a group costs one all-reduce of [N] maxima and one of 5 sums a token
-(pruned one more, of 4), and none backward.
+A vocabulary sharded over a group costs one all-reduce of its sizes, one of [N] maxima and one of 5
+sums a token (pruned one more, of 4), and none backward.
 """
 
 from __future__ import annotations  # tl.constexpr stays a string where Triton is not installed
@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from ._launch import jit, runs_kernel, tl, triton
-from ._rows import NUM_WARPS, block_of, check_logits
+from ._rows import NUM_WARPS, block_of, check_integer, check_like, check_logits
 from ._token_stats_cpu import token_stats_chunked
 from ._token_sums import (
     IGNORED,
@@ -43,10 +43,10 @@ from ._token_sums import (
     Options,
     WholeSums,
     check_labels,
-    check_options,
     finish,
     local_labels,
     locate_shard,
+    make_options,
     reduce_kept,
     reduce_whole,
     settle,
@@ -404,7 +404,8 @@ class _TokenStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, g_entropy, g_sum_p2, g_lse, _max, g_kept_mass, *_constant):
-        logits = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one read only
+        logits = saved[0]
         n, v = logits.shape
         upstream = (g_logp, g_entropy, g_sum_p2, g_lse, g_kept_mass)
         upstream = (None if g is None else g.contiguous() for g in upstream)
@@ -413,7 +414,7 @@ class _TokenStats(torch.autograd.Function):
             grid = (n, triton.cdiv(v, ctx.numbers["BLOCK_V"]))
             with torch.cuda.device_of(logits):
                 _backward_kernel[grid](
-                    *ctx.saved_tensors,
+                    *saved,
                     *upstream,
                     grad,
                     stride_grad_n=grad.stride(0),
@@ -507,7 +508,8 @@ def token_stats(
             it; "skip": it is treated as an ignored one (and still counted in `broken`); "raise": a
             ValueError names the first, which waits for the device.
         inplace_backward: backward writes the gradient over the logits, which saves [N, V]. They
-            must not be a leaf; autograd raises if anything else still needs them.
+            must not be a leaf, a view of one, or overlap; autograd raises if anything else still
+            needs them.
 
     Returns:
         TokenStats of [N] fp32 tensors (fp64 for fp64 logits), safe_count int64, in_safe_set and
@@ -519,8 +521,8 @@ def token_stats(
     Source: safe set, arXiv 2512.23087 (only its abstract was read; pruned entropy and sum_p2 are
         derived here); logit-gradient proxy, arXiv 2602.07078.
     """
-    options = Options(temperature, softcap, prune, group, nonfinite)
-    check_options(options)
+    options = make_options(temperature, softcap, prune, group, nonfinite)
+    check_integer(ignore_index, "ignore_index")
     _check(logits, labels, inplace_backward)
     shard = locate_shard(logits.shape[1], group, logits.device)
     if labels.is_cpu or nonfinite == "raise":
@@ -533,14 +535,14 @@ def token_stats(
 
 def _check(logits: Tensor, labels: Tensor, inplace_backward: bool) -> None:
     check_logits(logits)
-    if labels.shape != logits.shape[:1]:
-        found = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
-        raise ValueError(f"expected logits [N, V] and labels [N], got {found}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"expected labels of int64, got {labels.dtype}")
-    if logits.device != labels.device:
-        raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
-    if inplace_backward and logits.requires_grad and logits.is_leaf:
+    check_like(labels, logits, "labels", (logits.shape[0],), (torch.int64,))
+    if not inplace_backward or not logits.requires_grad:
+        return
+    base = logits._base if logits._is_view() else logits
+    if base.is_leaf:
+        raise ValueError("inplace_backward: expected computed logits to write over, got a leaf")
+    if len(logits) > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(
-            "inplace_backward would overwrite logits, which are a leaf, with their grad"
+            "inplace_backward: expected logits whose rows do not overlap, got strides "
+            f"{logits.stride()}"
         )
