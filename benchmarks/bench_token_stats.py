@@ -16,7 +16,8 @@ definitions: row by row logsumexp, entropy by softmax times logits, sum_p2 by tw
 
 Ratio: before every timed call a baseline is timed, cross_entropy over the logits, for heads with
 the product before it; so both see the same machine. The median over pairs, and quartiles.
-Extra memory: by how much memory rises during a call (measure.py), without the gradients.
+Extra memory: by how much memory rises during a call (measure.py), above the inputs; backward has
+the gradients in it.
 `of_peak`, in the rows: the time of a copy of the bytes that the logits need to be moved (for heads:
 of the products that they need), timed in the same run, over the median time.
 
@@ -187,9 +188,12 @@ class Work:
             inputs = [hidden, weight]
         self.inputs = [x.to(DEVICE, shape.dtype).requires_grad_(backward) for x in inputs]
 
-    def run(self, provider: Provider) -> None:
+    def drop_gradients(self) -> None:
         for x in self.inputs:
             x.grad = None
+
+    def run(self, provider: Provider) -> None:
+        self.drop_gradients()
         with torch.set_grad_enabled(self.backward):
             outputs = provider.call(*self.inputs, self.labels)
         if self.backward:
@@ -252,9 +256,8 @@ def test_token_stats(benchmark, kind, name, shape, mode):
     work = Work(kind, SHAPES[shape], backward)
     work.check(provider)
     work.run(provider)  # compiles
-    extra = extra_bytes(lambda: work.run(provider))
-    if extra is not None and backward:
-        extra = max(0, extra - sum(x.nbytes for x in work.inputs))
+    work.drop_gradients()
+    extra = extra_bytes(lambda: (work.run(provider), work.drop_gradients()))
     before: list[float] = []
     benchmark.group = f"{kind} {shape} {mode}"
     benchmark.pedantic(

@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_SHARE", 1)
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 2 * 3 * TILE_N * TILE_V * 4)
     monkeypatch.setattr(cpu, "ROWS", TILE_N)
-    monkeypatch.setattr(cpu, "COLUMNS", TILE_V)
+    monkeypatch.setattr(cpu, "ENTRIES", TILE_N * TILE_V)
 
 
 def tiled(*args, **options):
@@ -103,6 +103,16 @@ def leaves(*tensors):
 @both_paths
 def test_matches_reference(fn, shape, prune, dtype, device):
     check_against_reference(fn, shape, device, dtype=dtype, prune=prune, temperature=1.3)
+
+
+# past one tile of 512 x 1024 in both directions; the largest vocabulary; thousands of tokens
+@pytest.mark.parametrize(
+    "shape", [(515, 2500, 8), (2, 262_144, 3), (3001, 37, 5)], ids=lambda s: f"N{s[0]}-V{s[1]}"
+)
+def test_tiles_of_their_real_size_match_reference(shape, device, monkeypatch):
+    monkeypatch.setattr(cpu, "ROWS", 512)
+    monkeypatch.setattr(cpu, "ENTRIES", 512 * 1024)
+    check_against_reference(tiled, shape, device, dtype=torch.float32, prune=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -520,8 +530,8 @@ class Largest(TorchDispatchMode):
 @both_paths
 def test_no_temporary_is_larger_than_the_weight(fn, device):
     """The logits would be 4 times as large. (The interpreter copies what a kernel is given.)"""
-    hidden, weight = torch.randn(32, 8, device=device), torch.randn(2048, 8, device=device)
-    labels = torch.randint(2048, (32,), device=device)
+    hidden, weight = torch.randn(32, 8, device=device), torch.randn(1024, 8, device=device)
+    labels = torch.randint(1024, (32,), device=device)
     for prune in (None, 1e-2):
         x = hidden.clone().requires_grad_()
         with Largest() as watch:

@@ -197,7 +197,7 @@ def run(rank, world, folder):
     )
     group = dist.group.WORLD
     kernels.TILES = dict.fromkeys((2, 4), kernels.Tiles(16, 32, 16, 4, 2))
-    tiled.ROWS, tiled.COLUMNS = 16, 32
+    tiled.ROWS, tiled.ENTRIES = 16, 16 * 32
     for sizes in CUTS[world]:
         start = sum(sizes[:rank])
         columns = slice(start, start + sizes[rank])

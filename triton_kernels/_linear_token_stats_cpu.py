@@ -1,8 +1,8 @@
 """`linear_token_stats` without Triton: plain PyTorch over tiles of logits.
 
-Formulas and letters are those of token_stats.py. A tile is ROWS tokens by COLUMNS entries, 2 MB
-in fp32; two or three live at a time. Columns are the outer loop, so that each entry of `weight` is
-read once a sweep. Ignored rows are skipped. fp32, or fp64 for fp64 input.
+Formulas and letters are those of token_stats.py. A tile has ENTRIES logits, 2 MB in fp32, of ROWS
+tokens or of all if there are fewer; two or three live at a time. Columns are the outer loop, so
+that each entry of `weight` is read once a sweep. Ignored rows are skipped. fp32, or fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._token_stats_cpu import FLOOR, kept_mask, logit_gradient
 from ._token_sums import IGNORED, KeptSums, Options, WholeSums, add_whole
 from ._transform import transform, transform_
 
-ROWS, COLUMNS = 512, 1024
+ROWS, ENTRIES = 512, 2**19
 SLACK = 0.01  # nats: a bound is computed in another order than its tile
 ROUNDING = 3e-5  # of a sum of products in fp32, relative to the sum of their magnitudes
 
@@ -39,8 +39,10 @@ class Head:
         self.all_y = y
         self.rows = (y != IGNORED).nonzero().squeeze(-1)
         self.y = y[self.rows]
-        self.row_slices = _slices(len(self.rows), ROWS)
-        self.column_slices = _slices(len(weight), COLUMNS)
+        self.height = max(1, min(ROWS, len(self.rows)))
+        self.width = max(1, ENTRIES // self.height)
+        self.row_slices = _slices(len(self.rows), self.height)
+        self.column_slices = _slices(len(weight), self.width)
 
     def hidden_rows(self, rows: slice) -> Tensor:
         """[rows, D] in fp32 or fp64."""
@@ -89,7 +91,7 @@ class Head:
         rows = torch.arange(len(self.y), device=self.y.device)
         here = self.y >= 0
         live = live.clone()
-        live[rows[here] // ROWS, self.y[here] // COLUMNS] = True
+        live[rows[here] // self.height, self.y[here] // self.width] = True
         return live
 
     def live_without_broken(self, live: Tensor, y: Tensor) -> Tensor | None:
@@ -100,7 +102,7 @@ class Head:
     def skipped_fraction(self, live: Tensor) -> Tensor:
         """[N] share of the tiles of a row that are not live; 0 at ignored rows."""
         share = 1 - live.to(self.dtype).mean(1)
-        return self.scattered(share.repeat_interleave(ROWS)[: len(self.rows)])
+        return self.scattered(share.repeat_interleave(self.height)[: len(self.rows)])
 
 
 def _slices(size: int, step: int) -> list[slice]:
