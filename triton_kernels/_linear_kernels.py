@@ -183,7 +183,8 @@ def whole_kernel(
             excess = row_max - tl.maximum(level, floor)
             excess = tl.where(excess == excess, excess, float("inf"))
             excess = tl.where(live_row, excess, -float("inf"))
-            tl.store(bound_ptr + block * blocks_v + tile, tl.max(excess, axis=0))
+            # no axis: a second reduction over one fails on sm_100 in Triton 3.6
+            tl.store(bound_ptr + block * blocks_v + tile, tl.max(excess))
     out = parts_ptr + split.to(tl.int64) * (5 * N) + n  # parts: [splits, 5, N]
     write = live_row & (n < N)
     tl.store(out, m, mask=write)
@@ -274,7 +275,7 @@ def kept_kernel(
             sd += tl.sum(tl.where(e > 0, d, 0.0) * e, axis=1)
             row_count = tl.sum(kept.to(tl.int32), axis=1)
             count += row_count
-            any_kept = tl.max(row_count, axis=0) > 0
+            any_kept = tl.max(row_count) > 0  # no axis, as above
             tl.store(live_ptr + block * blocks_v + tile, any_kept, mask=any_kept)
     out = parts_ptr + split.to(tl.int64) * (4 * N) + n  # parts: [splits, 4, N]
     write = live_row & (n < N)
