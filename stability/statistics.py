@@ -142,13 +142,14 @@ def _labels(
     if not x.device == tokens.device == mask.device:
         found = f"{x.device}, {tokens.device} and {mask.device}"
         raise ValueError(f"expected {name}, tokens and mask on one device, got {found}")
-    wrong = mask & ((tokens < 0) if size is None else (tokens < 0) | (tokens >= size))
-    if tokens.is_cpu and wrong.any():
-        position = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"expected tokens in [0, {size or 'V'}) where mask is True, got "
-            f"{int(tokens[position])} at {position}"
-        )
+    if tokens.is_cpu:  # a GPU would have to be waited for
+        wrong = mask & ((tokens < 0) if size is None else (tokens < 0) | (tokens >= size))
+        if wrong.any():
+            position = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(
+                f"expected tokens in [0, {size or 'V'}) where mask is True, got "
+                f"{int(tokens[position])} at {position}"
+            )
     return torch.where(mask, tokens, _IGNORED).reshape(-1)
 
 

@@ -3,7 +3,7 @@
 A process of its own, without TRITON_INTERPRET: @triton.jit reads it at decoration, and under it (as
 pytest runs here) nothing compiles. A job is {"module", "kernel", "target": [backend, arch, warp],
 "signature": {argument: type}, "constexprs": {argument: value}, "num_warps"}; its row has the
-registers per thread and the bytes (NVIDIA) or registers (AMD) spilled.
+registers per thread, the bytes (NVIDIA) or registers (AMD) spilled, and the bytes of shared memory.
 """
 
 import importlib
@@ -35,7 +35,7 @@ def compile_kernel(job: dict) -> dict:
     options = {name: job[name] for name in ("num_warps", "num_stages") if name in job}
     compiled = triton.compile(source, target=GPUTarget(*job["target"]), options=options)
     resources = _nvidia_resources if job["target"][0] == "cuda" else _amd_resources
-    return resources(compiled.asm)
+    return resources(compiled.asm) | {"shared": compiled.metadata.shared}
 
 
 def _nvidia_resources(asm: dict) -> dict:

@@ -18,6 +18,8 @@ TARGETS = {
     "sm_100": ["cuda", 100, 32],
     "gfx942": ["hip", "gfx942", 64],
 }
+# of a program; a launch fails beyond
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536}
 MAX_REGISTERS = 128  # of 65536: two programs of 8 warps share a multiprocessor
 
 
@@ -233,5 +235,6 @@ def test_kernels_compile_without_spills(target, dtype):
         tiles = job in over_tiles
         allowed = 16 if tiles and dtype == "fp32" else 0
         assert row["spilled"] <= allowed, f"{case(job)}: spills {row['spilled']}"
+        assert row["shared"] <= SHARED_MEMORY[target], f"{case(job)}: {row['shared']} bytes shared"
         if not tiles:
             assert row["registers"] <= MAX_REGISTERS, f"{case(job)}: {row['registers']} registers"
