@@ -85,14 +85,16 @@ def token_stats_jobs(target: list) -> list[dict]:
             backward |= {"grad_z_ptr": f"*{dtype}", "stride_grad_n": "i32", "log_rho": "fp32"}
             sums = logits | {"sums_ptr": "*fp32", "N": "i32"} | sizes
             for kernel, arguments in (
-                ("_forward_kernel", forward),
-                ("_backward_kernel", backward),
-                ("_whole_sums_kernel", sums),
+                ("forward_kernel", forward),
+                ("backward_kernel", backward),
+                ("whole_sums_kernel", sums),
             ):
                 constexprs = fixed | {"PRUNED": pruned}
-                jobs.append(job("token_stats", kernel, target, arguments, constexprs, **options))
+                jobs.append(
+                    job("_token_stats_kernels", kernel, target, arguments, constexprs, **options)
+                )
         kept = sums | {"max_ptr": "*fp32", "log_rho": "fp32"}
-        jobs.append(job("token_stats", "_kept_sums_kernel", target, kept, fixed, **options))
+        jobs.append(job("_token_stats_kernels", "kept_sums_kernel", target, kept, fixed, **options))
     return jobs
 
 

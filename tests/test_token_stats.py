@@ -466,9 +466,9 @@ def test_wrong_input_is_named(arguments, message):
         token_stats(logits, labels, **arguments)
 
 
-# Edits to token_stats.py that must turn this file red:
-# 1. forward: drop `moved * s1` from the rescaling of sd (entropy, several blocks)
-# 2. forward: drop one factor `keep` from the rescaling of s2 (sum_p2, several blocks)
-# 3. backward: drop `& (v != y)` from `outside` (gradient of a label forced into the set)
-# 4. backward: drop `* inv_temperature` from the last line but one (every gradient)
-# 5. forward: start m at -inf (masked first block)
+# Edits to _token_stats_kernels.py that must turn this file red:
+# 1. _whole_sums: drop `moved * s1` from the rescaling of sd (entropy, several blocks)
+# 2. _whole_sums: drop one factor `keep` from the rescaling of s2 (sum_p2, several blocks)
+# 3. logit_gradient: drop `& (is_label == 0)` (gradient of a label forced into the set)
+# 4. transformed_gradient (_transform.py): drop `grad *= inv_temperature` (every gradient)
+# 5. _whole_sums: start m at -inf (masked first block)

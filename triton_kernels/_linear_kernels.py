@@ -8,8 +8,8 @@ _linear_token_stats_triton.py launches them.
 from __future__ import annotations  # tl.constexpr stays a string where Triton is not installed
 
 from ._launch import jit, tl
+from ._token_stats_kernels import logit_gradient
 from ._transform import transformed, transformed_gradient
-from .token_stats import logit_gradient
 
 
 @jit
