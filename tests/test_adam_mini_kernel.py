@@ -948,7 +948,7 @@ def test_kernels_compile_without_spills(target, compiled):
 LOADS = """
 import json, re, sys
 import compile_worker
-compile_worker._nvidia_resources = lambda asm: re.findall(r"ld\\.global\\S*", asm["ptx"])
+compile_worker._nvidia_resources = lambda asm: {"loads": re.findall(r"ld\\.global\\S*", asm["ptx"])}
 json.dump([compile_worker.compile_kernel(job) for job in json.load(sys.stdin)], sys.stdout)
 """
 
@@ -962,8 +962,8 @@ def test_aligned_pieces_are_read_in_vectors():
         [sys.executable, "-W", "ignore", "-c", LOADS],
         input=json.dumps(jobs), env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    for job, loads in zip(jobs, json.loads(done.stdout), strict=True):
-        aligned = job["constexprs"]["VECTOR"] > 1
+    for job, row in zip(jobs, json.loads(done.stdout), strict=True):
+        loads, aligned = row["loads"], job["constexprs"]["VECTOR"] > 1
         assert any(".v4." in load or ".v8." in load for load in loads) == aligned, (job, loads)
         assert not (aligned and any(load.endswith("b16") for load in loads)), (job, loads)
 
