@@ -27,7 +27,9 @@ _HOMES = {
     "engine": ("TransformersEngine",),
     "loop": ("RLModule",),
     "objective": ("objective", "policy_statistics", "token_weights"),
-    "prefix": ("Head", "refuse_unsupported", "response_hidden", "response_logits"),
+    "prefix": ("PrefixGroup", "SharedPrefix", "Wave"),
+    "prefix_support": ("refuse_unsupported",),
+    "responses": ("Head", "response_hidden", "response_logits"),
     "rewards": ("RewardWorker", "Scored"),
     "rollout": (
         "Capabilities",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .prefix import refuse_unsupported
+from .prefix_support import refuse_unsupported
 from .rollout import Capabilities, FinishReason, Request, Sample, Sampling, truncate_distribution
 
 

@@ -43,7 +43,13 @@ from .ranks import (
     world_size,
 )
 from .rollout import refuse_engine
-from .sharding import full_parameters, is_sharded, shard_policy, take_part_in_backward
+from .sharding import (
+    all_reduce_gradients,
+    full_parameters,
+    is_sharded,
+    shard_policy,
+    take_part_in_backward,
+)
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -341,14 +347,7 @@ class RLModule(pl.LightningModule):
         """Sums gradients over the processes: the weights already divide by global counts."""
         if world_size() == 1 or is_sharded(self.policy):
             return
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        for p in trained:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        flat = torch.cat([p.grad.flatten() for p in trained])
-        dist.all_reduce(flat)
-        for p, grad in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        all_reduce_gradients(list(self.policy.parameters()), average=False)
 
     def _step(self, optimizer: Any, metrics: dict[str, float]) -> bool:
         """Clips and steps; False, and no step, if the gradient is not finite."""

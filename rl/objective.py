@@ -34,7 +34,7 @@ from ..triton_kernels.linear_token_stats import linear_token_stats
 from ..triton_kernels.token_stats import TokenStats, token_stats
 from .batch import RolloutBatch
 from .config import UpdateConfig
-from .prefix import response_hidden, response_logits
+from .responses import response_hidden, response_logits
 
 Metrics = dict[str, Tensor]
 

@@ -1,315 +1,705 @@
-"""Logits of a group's responses with the prompt computed once: forward, and so backward.
+"""Shared-prefix training: a group's prompt is computed once, forward and backward.
 
-A group's packed row is `[prefix | r1 | r2 | .. | rG]`: a 4-D mask lets every response see the
-prefix and itself only, position ids go on at the end of the prefix, and the unmodified model does
-the rest. The prefix is prompt[:-1] and every response's input starts with the last prompt token, so
-that no prefix position has a loss and each response position is treated alike. Autograd then
-accumulates each response's gradient into the prefix's keys and values and goes through the prefix
-once.
+A group is one prompt and its responses. Let prefix = prompt[:-1]; a response's input is the last
+prompt token and the response but its last token, so that the head never runs on the prefix.
 
-Source: shared-prefix training, arXiv 2606.01143. The packed row is one graph for the whole group;
-the three-phase schedule of that paper frees each response's graph early.
+    A  forward of the prefix; its keys and values of each layer are kept
+    B  waves: some responses, forward and backward, against the kept keys and values; the gradients
+       of those add up in buffers, each wave's graph is freed
+    C  backward of the prefix, once, with the buffers added to its keys' and values' gradients
+
+Gradients are those of each trajectory on its own, to rounding: backward is linear at a fixed
+forward, and the kept keys and values are the only way from a response to the prefix.
+
+    step = SharedPrefix(model)
+    with step.group(prompt_ids) as g:
+        for wave in g.waves(responses):
+            out = g.forward(wave)
+            g.backward(loss_fn(out, wave))
+
+Source: arXiv 2606.01143. Shapes: G responses, T tokens of the longest, P prefix tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
-from weakref import WeakSet
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-Route = Literal["packed", "dense"]
+from ..triton_kernels.prefix_attention import Packing
+from ..triton_kernels.token_stats import TokenStats
+from .prefix_checks import check_options, prompt_tokens, response_tokens
+from .prefix_host import ForwardResult, TransformersHost
+from .prefix_metrics import ForwardCost, PrefixMetrics
+from .prefix_parallel import Ranks
+from .prefix_phases import Offload, Phase, PrefixStore
+from .prefix_router import RouterSums, router_loss
+from .prefix_support import refuse_unsupported
+from .prefix_verify import Record, Upstream, compare_with_dense
 
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+logger = logging.getLogger(__name__)
+
+Tokens = Sequence[int] | Tensor
+PrefixMemory = Literal["keep", "recompute", "offload"]
 
 
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raises if sharing a prefix would change what the model computes.
+class Wave(NamedTuple):
+    """Responses that are computed together.
 
     Args:
-        model: a transformers causal LM.
-
-    Raises:
-        ValueError: attention outside transformers' registry (ALiBi among others), rotary embeddings
-            that depend on the current length, layers without full attention, or attention dropout
-            in training mode; the message names which.
+        rows: [b] int64 on CPU, which responses of the group.
+        tokens: [b, T] int64, right-padded with 0.
+        mask: [b, T] bool, True at response tokens.
     """
-    if not model._supports_attention_backend:
-        name = type(model).__name__
-        raise ValueError(f"model: {name} does not use transformers' attention registry, refused")
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    # flat, or one for each kind of layer
-    for parameters in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
-        kind = parameters.get("rope_type", "default")
-        if kind in _LENGTH_DEPENDENT_ROPE:
-            raise ValueError(f"model: rope type {kind!r} depends on the current length, refused")
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if layers != {"full_attention"}:
-        raise ValueError(f"model: expected full attention in every layer, got {sorted(layers)}")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ValueError(f"model: sliding window of {config.sliding_window} tokens, refused")
-    for name in ("attention_dropout", "attn_pdrop") if model.training else ():
-        if getattr(config, name, 0.0):
-            raise ValueError(f"model: {name} is {getattr(config, name)}, expected 0")
+
+    rows: Tensor
+    tokens: Tensor
+    mask: Tensor
 
 
-def response_logits(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    tokens: Tensor,
-    mask: Tensor,
-    group_index: Tensor,
-    *,
-    route: Route = "packed",
-) -> Tensor:
-    """Logits that predict each response token.
+class WaveOutput(NamedTuple):
+    """What a wave gives, aligned to its tokens; 0 at padding.
 
     Args:
-        model: causal LM; called with input_ids, attention_mask, position_ids and logits_to_keep.
-        prompts: token ids of the P prompts, each at least one token.
-        tokens: [B, T] int64 response tokens, right-padded.
-        mask: [B, T] bool, True at response tokens; each row is True first, then False.
-        group_index: [B] int64 in [0, P): the prompt of each response.
-        route: `packed` computes each prompt once; `dense` repeats it for each response.
+        logp: [b, T] log-probability of each response token, nats.
+        stats: `TokenStats` of [b, T] tensors; `logp` is its first.
+        router_loss: [b] load-balancing loss of each trajectory with its prefix, or None.
+    """
 
-    Returns:
-        [N, V] logits in the model's dtype; N = mask.sum(), in the order of `tokens[mask]`.
+    logp: Tensor
+    stats: TokenStats
+    router_loss: Tensor | None
+
+
+LossFunction = Callable[[WaveOutput, Wave], Tensor]
+
+
+class SharedPrefix:
+    """Trains a causal LM on groups of responses to one prompt, which is computed once a group.
+
+    Also for log-probabilities: under `torch.no_grad()` a group has phase A and waves only.
+
+    Args:
+        model: transformers causal LM; may be wrapped by DDP or PEFT, or sharded by `fully_shard`.
+        prefix_memory: between phases A and C, "keep" keeps the prefix's graph; "recompute" keeps
+            nothing of it and runs the prefix forward again; "offload" keeps it in CPU memory.
+        wave_tokens: most tokens of a wave; a longer response is a wave of its own. Default: 16384,
+            on a CPU 1024 (more leave its caches).
+        accum_dtype: of the prefix's gradient buffers, or that of the keys if wider.
+        min_bound: a group whose bound on the speed-up is less runs densely: each response with its
+            own prompt, `wave_tokens` at a time. A group with children is always shared.
+        verify: "first" computes the first group with a gradient densely as well, and raises if they
+            differ; "never", "always".
+        head: "fused" never stores [tokens, vocabulary] logits (not under FSDP2).
+        temperature: of the statistics.
+        prune: rho of vocabulary pruning in the statistics, or None.
+        router_loss: also returns the load-balancing loss of a model with experts.
 
     Raises:
-        ValueError: shapes do not match, there is no response, a prompt is empty, a mask row has a
-            gap, a response is empty, or the route is unknown; on the packed route also if
-            `refuse_unsupported` refuses the model or its attention is neither `sdpa` nor `eager`.
+        ValueError: an argument is out of range, or the model computes something else when its
+            prefix is shared: see `refuse_unsupported`; also FSDP1, a model compiled as a whole, a
+            capped attention score, hooks that act when a gradient is accumulated.
 
     Source:
-        Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
+        arXiv 2606.01143; differs from the paper: the boundary token belongs to the responses, so
+        phase C has no other gradient than those of keys and values.
     """
-    rows = _rows(model, prompts, tokens, mask, group_index, route)
-    kept = torch.arange(rows.first, rows.ids.shape[1], device=tokens.device)
-    output = model(**rows.inputs, use_cache=False, logits_to_keep=kept)
-    return output.logits[rows.row, rows.column - rows.first]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prefix_memory: PrefixMemory = "recompute",
+        wave_tokens: int | None = None,
+        accum_dtype: torch.dtype = torch.float32,
+        min_bound: float = 1.2,
+        verify: Literal["first", "never", "always"] = "first",
+        head: Literal["logits", "fused"] = "logits",
+        temperature: float = 1.0,
+        prune: float | None = None,
+        router_loss: bool = False,
+    ) -> None:
+        check_options(prefix_memory, wave_tokens, accum_dtype, min_bound, verify, head)
+        self.host = TransformersHost(model, head, temperature, prune, router_loss)
+        if wave_tokens is None:
+            wave_tokens = 1024 if self.host.device.type == "cpu" else 16384
+        self.prefix_memory, self.wave_tokens = prefix_memory, wave_tokens
+        self.accum_dtype, self.min_bound, self.verify = accum_dtype, min_bound, verify
+        self.router_loss = router_loss
+        self.cost = ForwardCost.of(self.host.inner, self.host.config)
+        self.totals = PrefixMetrics()
+        self.ranks = Ranks(self.host.model, self.host.sharded)
+        self._verified = self._said_dense = False
+        self._open: PrefixGroup | None = None
+
+    def group(
+        self,
+        prompt_ids: Tokens,
+        *,
+        parent: PrefixGroup | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> PrefixGroup:
+        """A prompt whose responses follow; a context manager.
+
+        Args:
+            prompt_ids: [P + 1] token ids, or [G, P + 1] with equal rows. With a parent: the tokens
+                that go on from the parent's.
+            parent: an open group, the last opened: this one is a branch of it, and its tokens'
+                statistics are `g.own`.
+            attention_mask: [P + 1] or [G, P + 1] of `prompt_ids`, only to refuse padding.
+
+        Raises:
+            ValueError: no token, rows that differ, padding, or a token outside the vocabulary.
+            RuntimeError: another group is open that is not the parent.
+        """
+        tokens = prompt_tokens(prompt_ids, attention_mask, self.host.config.vocab_size)
+        return PrefixGroup(self, tokens, parent)
+
+    def idle_group(self) -> None:
+        """Takes part with nothing in a group of the other processes (FSDP2; else: no effect)."""
+        if self.host.sharded:
+            with self.group([0, 0]) as g:
+                for _ in g.waves([]):
+                    raise AssertionError
+
+    def all_reduce_gradients(self, *, average: bool = True) -> None:
+        """Adds up `.grad` over the processes, once after all groups of a step (DDP).
+
+        The phases run without DDP's own synchronisation, which would act after each wave. Under
+        FSDP2 gradients are averaged by phase C, and this does nothing.
+
+        Args:
+            average: divide by the number of processes, as DDP does.
+        """
+        self.ranks.all_reduce(self.host.trained, average)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the groups closed since the last call, by name; see `PrefixMetrics`."""
+        found, self.totals = self.totals.as_dict(), PrefixMetrics(self.totals.dense_rate)
+        return found
+
+    def _verifies(self) -> bool:
+        return self.verify == "always" or (self.verify == "first" and not self._verified)
+
+    def _check(self, records: list[Record], metrics: PrefixMetrics) -> None:
+        """Computes a group densely as well; raises if it differs."""
+        rate = compare_with_dense(self.host, self.ranks, records, metrics)
+        if rate is not None:
+            self._verified, self.totals.dense_rate = True, rate
+
+    def _say_dense(self, bound: float, prefix: int, lengths: Sequence[int]) -> None:
+        if not self._said_dense:
+            self._said_dense = True
+            logger.warning(
+                "shared prefix: sharing %d tokens among %d responses of %.0f tokens is at most "
+                "%.2f times as fast, less than min_bound %.2f: such groups run densely",
+                prefix, len(lengths), sum(lengths) / len(lengths), bound, self.min_bound,
+            )  # fmt: skip
 
 
-class Head(NamedTuple):
-    """What a causal LM makes logits of hidden states with.
+class PrefixGroup:
+    """One prompt, or a branch of one; made by `SharedPrefix.group`.
+
+    On an error inside the `with` block, gradients are what they were before the outermost group.
 
     Args:
-        weight: [V, D].
-        bias: [V] or None.
-        softcap: c, where the model replaces logits by c tanh(logits / c); None: it does not.
+        step: whose group it is.
+        tokens: of the prompt, or of the branch.
+        parent: the group it branches from.
+
+    Attributes:
+        own: of a branch, the statistics of its tokens as a `WaveOutput` of [1, T]; a loss of them
+            goes into `backward`, alone or with a wave's.
+        shared: whether the prompt is computed once; None before the first wave.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
+    def __init__(self, step: SharedPrefix, tokens: list[int], parent: PrefixGroup | None) -> None:
+        self.step, self.parent, self.tokens = step, parent, tokens
+        self.root: PrefixGroup = self if parent is None else parent.root
+        self.shared: bool | None = None if parent is None else True
+        self.own: WaveOutput | None = None
+        self.wave_tokens = step.wave_tokens
+        self._state: Literal["new", "open", "closed"] = "new"
 
+    # ------------------------------------------------------------------ opening and closing
 
-def response_hidden(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    tokens: Tensor,
-    mask: Tensor,
-    group_index: Tensor,
-    *,
-    route: Route = "packed",
-) -> tuple[Tensor, Head]:
-    """What the head reads to predict each response token, and the head: its logits are not made.
+    def __enter__(self) -> PrefixGroup:
+        step, parent = self.step, self.parent
+        if self._state != "new":
+            raise RuntimeError("group: it was entered before; make another")
+        if step._open is not parent:
+            raise RuntimeError(
+                "group: another group is open; nest with group(.., parent=the last opened)"
+            )
+        if parent is not None and step.host.sharded:
+            raise ValueError("parent: branches are not supported under FSDP2")
+        context = [] if parent is None else parent.context
+        self.context = context + self.tokens
+        # inputs whose keys and values the responses see; the last token is each response's first
+        self.ids = (context[-1:] + self.tokens)[:-1]
+        self.train = torch.is_grad_enabled() if parent is None else parent.train
+        self.device = step.host.device
+        self.store = PrefixStore(step.accum_dtype if self.train else None)
+        self._first_pass: tuple[ForwardResult, Phase] | None = None
+        self._own_stats = self._own_router = None
+        self._computed = False
+        self._untaken: list[Upstream] = []
+        self._state = "open"
+        step._open = self
+        try:
+            if parent is None:
+                self._open_root()
+            else:
+                parent._share()
+                self._share()
+        except BaseException:
+            self._abandon()
+            raise
+        return self
 
-    The model is called as it is (its hooks run), but its head is given one position of each row.
+    def _open_root(self) -> None:
+        step = self.step
+        self.metrics = PrefixMetrics()
+        self.records: list[Record] | None = [] if self.train and step._verifies() else None
+        self._failed = False
+        self._attention: str | None = None
+        self._autocast: AbstractContextManager = nullcontext()
+        self._gradients = [(p, p.grad) for p in step.host.trained] if self.train else []
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        step.ranks.synchronize(False)
 
-    Args:
-        model: causal LM whose output embeddings are a linear layer, and whose logits are theirs but
-            for a final softcap. That is checked, on these positions, at the model's first call.
-        prompts: as in `response_logits`.
-        tokens: as in `response_logits`.
-        mask: as in `response_logits`.
-        group_index: as in `response_logits`.
-        route: as in `response_logits`.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            self._finish()
+        except BaseException:
+            self._abandon()
+            raise
 
-    Returns:
-        [N, D] hidden states, in the order of `tokens[mask]`, and the head, for
-        `linear_token_stats`.
+    def _finish(self) -> None:
+        step = self.step
+        if any(not upstream.arrived for upstream in self._untaken):
+            raise RuntimeError(
+                "a wave was not taken backward before its group ended: call g.backward(loss) for "
+                "each, inside the group; a wave without a loss is forwarded under torch.no_grad()"
+            )
+        if self.root._failed:
+            raise RuntimeError("a branch of this group failed; gradients are as before the group")
+        if self.train:
+            step.ranks.synchronize(True)
+            if self._computed and self.ids:
+                self._phase_c()
+            else:
+                step.ranks.take_part()  # a backward pass that adds nothing reduces the waves' sums
+        self._close()
+        if self.parent is None:
+            if self.records and self._computed:
+                with self._autocast:
+                    step._check(self.records, self.metrics)
+            for parameter, before in self._gradients:
+                if before is not None:
+                    parameter.grad = (
+                        before if parameter.grad is None else before.add_(parameter.grad)
+                    )
+            step.totals.add(self.metrics)
 
-    Raises:
-        ValueError: as `response_logits`; also if the logits are not those of the head, or its
-            weight is sharded (FSDP2).
+    def _abandon(self) -> None:
+        """Everything as before the group; a branch leaves gradients to its root."""
+        self.root._failed = True
+        self._close()
+        if self.parent is None:
+            for parameter, before in self._gradients:
+                parameter.grad = before
+            self.step.ranks.forget()
 
-    Source:
-        Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
-    """
-    layer = model.get_output_embeddings()
-    if not isinstance(layer, torch.nn.Linear):
-        raise ValueError(
-            f"model: expected output embeddings of torch.nn.Linear for a fused head, got {layer}"
+    def _close(self) -> None:
+        self._state = "closed"
+        self.store.clear()
+        self._first_pass = self._own_stats = self._own_router = None
+        self._untaken.clear()
+        self.step._open = self.parent
+        if self.parent is None and self._attention is not None:
+            self.step.host.restore_attention(self._attention)
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise RuntimeError(
+                f"group: expected an open one (with step.group(..)), it is {self._state}"
+            )
+        if self.step._open is not self:
+            raise RuntimeError("group: a branch of it is open, which must be closed first")
+
+    # ------------------------------------------------------------------ phase A and phase C
+
+    def _share(self) -> None:
+        """Phase A, once."""
+        self.shared = True
+        if self._computed:
+            return
+        self._computed = True
+        step, root = self.step, self.root
+        if root._attention is None:
+            root._attention = step.host.attention()
+            device = self.device.type
+            if torch.is_autocast_enabled(device):  # phase C computes what phase A did
+                root._autocast = torch.autocast(device, torch.get_autocast_dtype(device))
+        if not self.ids:
+            return
+        keep = self.train and step.prefix_memory != "recompute"
+        hooks: AbstractContextManager = nullcontext()
+        if keep and step.prefix_memory == "offload":
+            hooks = Offload(step.host.resident(), self.store)
+        with root.metrics.timed("prefix_forward", self.device), hooks, torch.set_grad_enabled(keep):
+            result, phase = self._prefix_pass()
+        step.host.check_layers(len(self.store.segments))
+        root.metrics.add_prefix(len(self.ids), self.store.bytes, self._prefix_flops())
+        self._first_pass = (result, phase) if keep else None
+        self._leave_own(result)
+
+    def _prefix_pass(self) -> tuple[ForwardResult, Phase]:
+        path = [] if self.parent is None else self.parent._path()
+        phase = Phase(path, Packing([len(self.ids)], self.device), self.store, len(self.context))
+        start = len(self.context) - 1 - len(self.ids)
+        positions = list(range(start, start + len(self.ids)))
+        labels = None if self.parent is None else self.tokens
+        return self.step.host.forward(self.ids, positions, phase, labels), phase
+
+    def _path(self) -> list[PrefixStore]:
+        above = [] if self.parent is None else self.parent._path()
+        return [*above, self.store] if self.ids else above
+
+    def _leave_own(self, result: ForwardResult) -> None:
+        """What losses take of the prefix pass, cut off from its graph; phase C goes on there."""
+        if result.stats is not None:
+            stats = TokenStats(*(_leaf(x, self.train) for x in result.stats))
+            self._own_stats = Upstream(stats)
+            self.own = WaveOutput(*_rows(stats, torch.ones(1, len(self.tokens)).bool()), None)
+            if self.root.records is not None:
+                record = Record(self.parent.context, [self.tokens], stats, None, self._own_stats)
+                self.root.records.append(record)
+        if result.router is not None:
+            probabilities = _leaf(result.router.probabilities, self.train)
+            self._own_router = Upstream([probabilities])
+            self._router = result.router._replace(probabilities=probabilities)
+
+    def _path_router(self) -> RouterSums | None:
+        """Of the prefixes; a leaf's gradient is what phase C starts from."""
+        above = None if self.parent is None else self.parent._path_router()
+        if self._own_router is None:
+            return above
+        return self._router if above is None else above + self._router
+
+    def _phase_c(self) -> None:
+        with self.root.metrics.timed("prefix_backward", self.device):
+            found, self._first_pass = self._first_pass, None
+            if found is None:
+                self.store.drop_keys()
+                with self.root._autocast, torch.enable_grad():
+                    found = self._prefix_pass()
+            result, phase = found
+            if result.stats is None and result.router is None and self.step.host.plain:
+                phase.backward_from_last()
+                return
+            parts = [] if result.root is None else [result.root]
+            if result.stats is not None:
+                parts += [0.0 * result.stats.logp.sum()]
+                parts += _products(result.stats, self._own_stats.grads)
+            if result.router is not None:
+                parts += _products([result.router.probabilities], self._own_router.grads)
+            # one scalar root: FSDP2 and reentrant checkpointing break with several
+            sum(parts).backward()
+
+    # ------------------------------------------------------------------ phase B
+
+    def waves(self, responses: Sequence[Tokens]) -> Iterator[Wave]:
+        """Splits responses into waves; before, decides the route and computes the prefix.
+
+        Args:
+            responses: token ids of each response, without the prompt and without padding.
+
+        Raises:
+            ValueError: a response is empty or has a token outside the vocabulary, a window of the
+                model is shorter than prompt and response; on the first group, see `SharedPrefix`.
+        """
+        self._check_open()
+        step = self.step
+        vocabulary = step.host.config.vocab_size
+        tokens = response_tokens(responses, vocabulary, empty=step.host.sharded)
+        lengths = [len(response) for response in tokens]
+        refuse_unsupported(step.host.inner, len(self.context) + max(lengths, default=1))
+        self._decide(lengths)
+        return self._waves(tokens)
+
+    def _waves(self, tokens: list[list[int]]) -> Iterator[Wave]:
+        step = self.step
+        before = 0 if self.shared else len(self.context)
+        single = bool(step.router_loss) and not self.shared
+        split = _split([before + len(t) for t in tokens], 1 if single else self.wave_tokens)
+        missing = step.ranks.most(len(split)) - len(split)
+        for rows in split:
+            yield _wave(rows, tokens, self.device)
+        for _ in range(missing):
+            step.ranks.take_part()
+
+    def _decide(self, lengths: list[int]) -> None:
+        step, metrics = self.step, self.root.metrics
+        prefix = len(self.context) - 1
+        dense, waves = step.cost.group(prefix, lengths, self.train)
+        once = 0.0 if self._computed else self._prefix_flops()
+        dense, shared = step.ranks.sums(dense, waves + once)
+        if self.shared is not True:
+            bound = dense / shared if shared else 1.0
+            if bound >= step.min_bound and self.ids:
+                self._share()
+            else:
+                self.shared = False
+                step._say_dense(bound, prefix, lengths)
+        metrics.add_waves(
+            dense=dense,
+            shared=waves if self.shared else waves + once,
+            logical=sum(prefix + n for n in lengths),
+            unique=sum(lengths) if self.shared else sum(prefix + n for n in lengths),
+            is_shared=bool(self.shared),
         )
-    if isinstance(layer.weight, DTensor):
-        raise ValueError(
-            "model: expected whole output embeddings for a fused head, got a DTensor (FSDP2 "
-            "shards them); compute the logits (update.head: logits)"
+
+    def _prefix_flops(self) -> float:
+        before = len(self.context) - 1 - len(self.ids)
+        again = self.step.prefix_memory == "recompute"
+        passes = (4 if again else 3) if self.train else 1
+        return passes * self.step.cost.layers(len(self.ids), before)
+
+    def forward(self, wave: Wave) -> WaveOutput:
+        """Statistics of a wave's tokens, with a graph unless gradients are off.
+
+        Args:
+            wave: of this group's `waves`.
+
+        Raises:
+            RuntimeError: the group is not open, has no waves yet, or was opened under no_grad while
+                gradients are on now.
+        """
+        self._check_open()
+        if self.shared is None:
+            raise RuntimeError("group: it has no waves yet, call g.waves(responses) first")
+        if torch.is_grad_enabled() and not self.train:
+            raise RuntimeError(
+                "group: it was opened under torch.no_grad(), but gradients are on now"
+            )
+        responses = [row[keep].tolist() for row, keep in zip(wave.tokens, wave.mask, strict=True)]
+        with self.root.metrics.timed("waves", self.device):
+            result = self._wave_pass(responses) if self.shared else self._dense_pass(responses)
+        out = WaveOutput(*_rows(result.stats, wave.mask), self._router_loss(result.router))
+        if torch.is_grad_enabled():
+            watched = [*out.stats, out.router_loss]
+            upstream = Upstream(watched)
+            self._untaken.append(upstream)
+            if self.root.records is not None:
+                record = Record(self.context, responses, out.stats, out.router_loss, upstream)
+                self.root.records.append(record.detached())
+        return out
+
+    def _wave_pass(self, responses: list[list[int]]) -> ForwardResult:
+        last, start = self.context[-1], len(self.context) - 1
+        ids = [token for response in responses for token in (last, *response[:-1])]
+        positions = [start + t for response in responses for t in range(len(response))]
+        labels = [token for response in responses for token in response]
+        packing = Packing([len(response) for response in responses], self.device)
+        phase = Phase(self._path(), packing, longest=start + 1 + max(packing.lengths))
+        return self.step.host.forward(ids, positions, phase, labels)
+
+    def _dense_pass(self, responses: list[list[int]]) -> ForwardResult:
+        return self.step.host.dense(self.context, responses)
+
+    def _router_loss(self, sums: RouterSums | None) -> Tensor | None:
+        if sums is None:
+            return None
+        above = self._path_router() if self.shared else None
+        return router_loss(sums if above is None else sums + above)
+
+    def backward(self, loss: Tensor, *, by: Callable[[Tensor], object] = Tensor.backward) -> None:
+        """Backward of one wave's loss, whose graph is freed.
+
+        Args:
+            loss: scalar; the group's loss is the sum over waves, so its normalisers are global.
+            by: what goes backward: Lightning's `manual_backward`, Accelerate's `backward`.
+
+        Raises:
+            ValueError: the loss is not a scalar with a graph.
+        """
+        self._check_open()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(f"loss: expected a scalar tensor with a graph, got {loss!r}")
+        with self.root.metrics.timed("waves", self.device):
+            by(loss)
+
+    # ------------------------------------------------------------------ whole groups
+
+    def accumulate(
+        self,
+        responses: Sequence[Tokens],
+        loss: LossFunction,
+        *,
+        joint: bool = False,
+        by: Callable[[Tensor], object] = Tensor.backward,
+    ) -> float:
+        """Waves forward and backward; a wave too large for the memory is split, not failed.
+
+        If memory runs out, the group starts again with waves of half the tokens, so `loss` must
+        give the same each time.
+
+        Args:
+            responses: as in `waves`.
+            loss: of a wave; or with `joint` of all responses at once.
+            joint: the loss needs every response of the group (a baseline over the group, say): if
+                they are more than one wave, all are computed first without gradients, the loss is
+                taken of the results, and the waves go backward with its gradients. It is called
+                with tensors that have no graph but their own.
+            by: as in `backward`.
+
+        Returns:
+            Sum of the losses.
+        """
+        return self._split_if_needed(
+            responses, lambda: self._accumulate(responses, loss, joint, by)
         )
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    rows = _rows(model, prompts, tokens, mask, group_index, route)
-    seen = []
 
-    def keep_one(_layer, args: tuple[Tensor]) -> tuple[Tensor]:
-        seen.append(args[0])
-        return (args[0][:, :1],)
+    def _accumulate(
+        self,
+        responses: Sequence[Tokens],
+        loss: LossFunction,
+        joint: bool,
+        by: Callable[[Tensor], object],
+    ) -> float:
+        waves = list(self.waves(responses))
+        if not joint or len(waves) < 2:
+            total = 0.0
+            for wave in waves:
+                value = loss(self.forward(wave), wave)
+                self.backward(value, by=by)
+                total += float(value.detach())
+            return total
+        whole = _wave(range(len(responses)), response_tokens(responses), self.device)
+        with torch.no_grad():
+            found = _joined([self.forward(wave) for wave in waves], waves, whole)
+        stats = TokenStats(*(_leaf(x, True) for x in found.stats))
+        router = _leaf(found.router_loss, True)
+        upstream = Upstream([*stats, router])
+        value = loss(WaveOutput(stats.logp, stats, router), whole)
+        by(value)
+        for wave in waves:
+            out = self.forward(wave)
+            width = wave.mask.shape[1]
+            grads = [g if g is None else g[wave.rows] for g in upstream.grads]
+            grads = [g if g is None or g.ndim < 2 else g[:, :width] for g in grads]
+            parts = [0.0 * out.logp.sum(), *_products([*out.stats, out.router_loss], grads)]
+            with self.root.metrics.timed("waves", self.device):
+                sum(parts).backward()
+        return float(value.detach())
 
-    kept = torch.arange(rows.first, rows.ids.shape[1], device=tokens.device)
-    hook = layer.register_forward_pre_hook(keep_one)
-    try:
-        output = model(**rows.inputs, use_cache=False, logits_to_keep=kept)
-    finally:
-        hook.remove()
-    if model not in _HEADS_CHECKED:
-        _check_head(model, seen[0][:, :1], layer, softcap, output.logits)
-    hidden = seen[0][rows.row, rows.column - rows.first]
-    return hidden, Head(layer.weight, layer.bias, softcap)
+    def statistics(self, responses: Sequence[Tokens]) -> WaveOutput:
+        """Of all responses, without a graph: old or reference log-probabilities.
 
+        Args:
+            responses: as in `waves`.
 
-_HEADS_CHECKED: WeakSet[PreTrainedModel] = WeakSet()
+        Returns:
+            WaveOutput of [G, T] tensors.
+        """
+        with torch.no_grad():
+            return self._split_if_needed(responses, lambda: self._statistics(responses))
 
+    def _statistics(self, responses: Sequence[Tokens]) -> WaveOutput:
+        waves = list(self.waves(responses))
+        whole = _wave(range(len(responses)), response_tokens(responses), self.device)
+        return _joined([self.forward(wave) for wave in waves], waves, whole)
 
-@torch.no_grad()
-def _check_head(
-    model: PreTrainedModel,
-    hidden: Tensor,
-    layer: torch.nn.Linear,
-    softcap: float | None,
-    got: Tensor,
-) -> None:
-    """Raises unless the logits that the model `got` are those of a head of weight and bias."""
-    logits = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    size = logits.abs().max()
-    if not (got - logits).abs().max() <= 4 * torch.finfo(logits.dtype).eps * size:
-        raise ValueError(
-            f"model: {type(model).__name__} does more to its logits than a linear head and a "
-            "softcap, or they are not finite; compute the logits (update.head: logits)"
-        )
-    if size > 0.1:  # a softcap hardly shows in smaller ones: look again at the next call
-        _HEADS_CHECKED.add(model)
+    def _split_if_needed(self, responses: Sequence[Tokens], run: Callable[[], Any]) -> Any:
+        """`run`, again from the prefix on with smaller waves while memory runs out."""
+        untouched = self.parent is None and self.shared is None
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                lengths = [len(response) for response in responses]
+                alone = len(_split(lengths, self.wave_tokens)) == len(lengths)
+                if alone or not untouched or self.step.host.sharded:
+                    raise
+            self._restart()
+            self.wave_tokens = min(self.wave_tokens, sum(lengths)) // 2
+            logger.warning("shared prefix: out of memory, waves of %d tokens", self.wave_tokens)
 
-
-def _rows(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    tokens: Tensor,
-    mask: Tensor,
-    group_index: Tensor,
-    route: Route,
-) -> _Rows:
-    lengths = _check(prompts, tokens, mask, group_index)
-    if route == "packed":
-        refuse_unsupported(model)
-        rows = _packed_rows(prompts, tokens, lengths, group_index)
-        rows.inputs |= {
-            "attention_mask": _additive_mask(model, rows.segment),
-            "position_ids": rows.position,
-        }
-    elif route == "dense":
-        rows = _dense_rows(prompts, tokens, lengths, group_index)
-    else:
-        raise ValueError(f"route: expected packed or dense, got {route!r}")
-    return rows
-
-
-class _Rows:
-    """Model input: ids, positions and segments [R, L]; and where each response token is predicted.
-
-    segment: 0 in the prefix, i > 0 in the i-th response of the row, -1 in the padding.
-    row, column: [N] where the logits of each response token stand; first: least of the columns.
-    inputs: keyword arguments of the model, those of a causal model over `ids` unless more are set.
-    """
-
-    def __init__(self, ids: list[list[int]], position: list[list[int]], segment: list[list[int]],
-                 where: list[tuple[int, int]], device: torch.device) -> None:  # fmt: skip
-        self.ids = _padded(ids, 0, device)
-        self.position = _padded(position, 0, device)
-        self.segment = _padded(segment, -1, device)
-        places = torch.tensor(where, device=device)
-        self.row, self.column = places[:, 0], places[:, 1]
-        self.first = min(column for _, column in where)
-        self.inputs = {"input_ids": self.ids, "attention_mask": None, "position_ids": None}
+    def _restart(self) -> None:
+        """As after opening: nothing of the waves is left."""
+        self.store.clear()
+        self._first_pass, self.shared, self._computed = None, None, False
+        self._untaken.clear()
+        self.metrics = PrefixMetrics()
+        if self.records is not None:
+            self.records.clear()
+        for parameter, _ in self._gradients:
+            parameter.grad = None
 
 
-def _packed_rows(
-    prompts: Sequence[Sequence[int]], tokens: Tensor, lengths: list[int], group_index: Tensor
-) -> _Rows:
-    ids = [list(prompt[:-1]) for prompt in prompts]
-    position = [list(range(len(row))) for row in ids]
-    segment = [[0] * len(row) for row in ids]
-    count = [0] * len(prompts)
-    where = []
-    for response, group, length in zip(tokens.tolist(), group_index.tolist(), lengths, strict=True):
-        start, prefix = len(ids[group]), len(prompts[group]) - 1
-        count[group] += 1
-        ids[group] += [prompts[group][-1], *response[: length - 1]]
-        position[group] += range(prefix, prefix + length)
-        segment[group] += [count[group]] * length
-        where += [(group, start + t) for t in range(length)]
-    return _Rows(ids, position, segment, where, tokens.device)
+def _leaf(x: Tensor | None, train: bool) -> Tensor | None:
+    if x is None:
+        return None
+    return x.detach().requires_grad_(train and x.is_floating_point())
 
 
-def _dense_rows(
-    prompts: Sequence[Sequence[int]], tokens: Tensor, lengths: list[int], group_index: Tensor
-) -> _Rows:
-    ids, where = [], []
-    for response, group, length in zip(tokens.tolist(), group_index.tolist(), lengths, strict=True):
-        prompt = list(prompts[group])
-        where += [(len(ids), len(prompt) - 1 + t) for t in range(length)]
-        ids.append(prompt + response[: length - 1])
-    nothing = [[0] for _ in ids]
-    return _Rows(ids, nothing, nothing, where, tokens.device)
+def _products(tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Scalars whose backward gives each tensor its gradient."""
+    pairs = zip(tensors, grads, strict=True)
+    return [(x * g).sum() for x, g in pairs if x is not None and g is not None]
 
 
-def _additive_mask(model: PreTrainedModel, segment: Tensor) -> Tensor:
-    """[R, 1, L, L]: column <= row, and in the prefix or in the same segment."""
-    implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"model: expected sdpa or eager attention, got {implementation!r}")
-    width = segment.shape[1]
-    seen = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
-    seen = seen & torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
-    # a float mask serves both: eager attention adds it, and bool would be added as 0 and 1
-    dtype = torch.get_autocast_dtype(segment.device.type)
-    if not torch.is_autocast_enabled(segment.device.type):
-        dtype = model.dtype
-    blocked = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
-    return blocked.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+def _split(costs: Sequence[int], most: int) -> list[list[int]]:
+    """Consecutive rows whose costs are at most `most`, or one row."""
+    waves: list[list[int]] = []
+    used = 0
+    for row, cost in enumerate(costs):
+        if not waves or used + cost > most:
+            waves.append([])
+            used = 0
+        waves[-1].append(row)
+        used += cost
+    return waves
 
 
-def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+def _wave(rows: Sequence[int], tokens: list[list[int]], device: torch.device) -> Wave:
+    chosen = [torch.tensor(tokens[row]) for row in rows]
+    lengths = torch.tensor([len(x) for x in chosen])
+    padded = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+    mask = torch.arange(padded.shape[1]) < lengths[:, None]
+    return Wave(torch.tensor(list(rows)), padded.to(device), mask.to(device))
 
 
-def _check(
-    prompts: Sequence[Sequence[int]], tokens: Tensor, mask: Tensor, group_index: Tensor
-) -> list[int]:
-    """Length of each response."""
-    if tokens.ndim != 2 or mask.shape != tokens.shape or group_index.shape != tokens.shape[:1]:
-        found = f"{tuple(tokens.shape)}, {tuple(mask.shape)} and {tuple(group_index.shape)}"
-        raise ValueError(f"expected tokens [B, T], mask [B, T] and group_index [B], got {found}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected bool, got {mask.dtype}")
-    if not len(tokens):
-        raise ValueError("tokens: expected at least one response, got none")
-    for group, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{group}]: expected at least one token, got none")
-    if not bool(((group_index >= 0) & (group_index < len(prompts))).all()):
-        raise ValueError(f"group_index: expected values in [0, {len(prompts)}), got {group_index}")
-    lengths = mask.sum(-1)
-    expected = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
-    bad = ((mask != expected).any(-1) | (lengths == 0)).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"mask: row {int(bad[0])} is empty or has a gap; expected True, then False"
-        )
-    return lengths.tolist()
+def _rows(flat: TokenStats, mask: Tensor) -> tuple[Tensor, TokenStats]:
+    """Log-probabilities and statistics [b, T] of [N] ones, 0 at padding."""
+    mask = mask.to(flat.logp.device)
+    stats = TokenStats(
+        *(x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
+    )
+    return stats.logp, stats
+
+
+def _joined(outs: Sequence[WaveOutput], waves: Sequence[Wave], whole: Wave) -> WaveOutput:
+    """Outputs of waves as that of all responses."""
+
+    def padded(parts: Sequence[Tensor | None]) -> Tensor | None:
+        if parts[0] is None:
+            return None
+        found = parts[0].new_zeros(whole.mask.shape)
+        for part, wave in zip(parts, waves, strict=True):
+            found[wave.rows, : part.shape[1]] = part
+        return found
+
+    stats = TokenStats(*(padded(parts) for parts in zip(*(out.stats for out in outs), strict=True)))
+    router = None if outs[0].router_loss is None else torch.cat([o.router_loss for o in outs])
+    return WaveOutput(stats.logp, stats, router)

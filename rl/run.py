@@ -25,7 +25,7 @@ from .data import ProblemData
 from .evaluation import evaluate
 from .loop import RLModule
 from .machine import environment, fastest_threads
-from .prefix import refuse_unsupported
+from .prefix_support import refuse_unsupported
 from .ranks import check_shares, refuse_precision, refuse_strategy
 from .recording import (
     MetricsWriter,

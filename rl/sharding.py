@@ -6,10 +6,11 @@ each backward reduces gradients to all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -59,3 +60,24 @@ def take_part_in_backward(policy: PreTrainedModel) -> None:
     logits = policy(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device)).logits
     if torch.is_grad_enabled():
         (logits.float().sum() * 0.0).backward()
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter], *, average: bool) -> None:
+    """Adds up `.grad` over all processes, with one collective; a missing one counts as zero.
+
+    Args:
+        parameters: replicated, in the same order everywhere.
+        average: divide by the number of processes.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for dtype in {p.dtype: None for p in parameters}:
+        chosen = [p for p in parameters if p.dtype == dtype]
+        flat = torch.cat([p.grad.flatten() for p in chosen])
+        dist.all_reduce(flat)
+        if average:
+            flat /= dist.get_world_size()
+        for p, grad in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
+            p.grad.copy_(grad.view_as(p))

@@ -175,7 +175,7 @@ def test_the_walk_sees_what_it_should():
 
 # Edits that must turn this file red:
 #   rl/rewards.py: the line `timeout: seconds one rollout may take ...`            ->  removed
-#   rl/prefix.py: Raises: of refuse_unsupported                                    ->  removed
+#   rl/prefix_support.py: Raises: of refuse_unsupported                            ->  removed
 #   stability/aggregation.py: Source: of aggregation_weights                       ->  removed
 #   rl/config.py: a field `x: int = 0` in RolloutConfig without a line in Args
 #   rl/loop.py: the docstring of RLModule.sampling                                 ->  removed

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from trimtab.triton_kernels._linear_token_stats_triton import TILES
+from trimtab.triton_kernels._prefix_attention_triton import tiles_of
 from trimtab.triton_kernels._rows import MAX_BLOCK_V, NUM_WARPS
 
 pytest.importorskip("triton")
@@ -207,6 +209,62 @@ def loss_jobs(target: list) -> list[dict]:
     return jobs
 
 
+def strides(*names: str) -> dict:
+    return {f"stride_{name}{axis}": "i32" for name in names for axis in "nh"}
+
+
+def prefix_attention_jobs(target: list) -> list[dict]:
+    """Kernels over a prefix and the own sequence, and at other widths than 64 over both after a
+    launch for another segment; at width 128 also over each alone."""
+    jobs = []
+    numbers = {"heads": "i32", "scale": "fp32"}
+    for dtype, width in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)):
+        size = torch.bfloat16 if dtype == "bf16" else torch.float32
+
+        def add(tiles, kernel, arguments, constexprs, size=size, width=width):
+            tiles = tiles_of(tiles, size, width, target[0] == "hip")
+            fixed = {"REPEATS": 4, "UPCAST": False, "PRECISION": "ieee", "D": width}
+            fixed |= {"BLOCK_N": tiles.n, "BLOCK_S": tiles.s, "BLOCK_D": width} | constexprs
+            arguments = {name: kind for name, kind in arguments.items() if name not in fixed}
+            options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+            module = "_prefix_attention_kernels"
+            jobs.append(job(module, kernel, target, arguments, fixed, **options))
+
+        own = pointers(dtype, "q", "k", "v") | strides("q", "k", "v")
+        prefix = pointers(dtype, "prefix_k", "prefix_v")
+        grad = pointers(dtype, "grad") | pointers("fp32", "lse", "delta") | strides("g")
+        grad |= {"unit": "fp32"} | numbers
+        table = {"tiles_ptr": "*i32"}
+        both = own | table | strides("pk", "pv") | {"lse_ptr": "*fp32", "P": "i32"} | numbers
+        variants = [("PREFIX", "OWN")]
+        if width > 64:
+            variants.append(("CARRY", "PREFIX", "OWN"))
+        if width == 128:
+            variants += [("PREFIX",), ("OWN",)]
+        for variant in variants:
+            flags = {name: name in variant for name in ("CARRY", "PREFIX", "OWN")}
+            arguments = both | (prefix if flags["PREFIX"] else dict.fromkeys(prefix))
+            arguments |= {"carry_ptr": "*fp32" if flags["CARRY"] else None}
+            result = f"*{dtype}" if flags["OWN"] else "*fp32"
+            forward = arguments | {"out_ptr": result}
+            add("forward", "forward_kernel", forward, flags)
+            query = arguments | grad | pointers(dtype, "out") | {"grad_q_ptr": result}
+            add("query", "query_gradient_kernel", query, flags)
+        keys = own | grad | table | pointers(dtype, "grad_k", "grad_v")
+        add("keys", "own_gradients_kernel", keys, {})
+        if width == 64:  # a launch makes a size of 1 a constant
+            ones = {"heads": 1, "REPEATS": 1}
+            add("forward", "forward_kernel", forward, flags | ones | {"P": 1})
+            add("query", "query_gradient_kernel", query, flags | ones | {"P": 1})
+            add("keys", "own_gradients_kernel", keys, ones)
+        buffers = pointers("fp32", "grad_k", "grad_v") | strides("gk", "gv")
+        arguments = grad | prefix | buffers | pointers(dtype, "q") | strides("q", "pk", "pv")
+        arguments |= dict.fromkeys(("N", "P", "stride_split"), "i32")
+        for added in (True, False):
+            add("keys", "prefix_gradients_kernel", arguments, {"ADD": added})
+    return jobs
+
+
 def case(job: dict) -> str:
     flags = {k: v for k, v in job["constexprs"].items() if isinstance(v, bool)}
     return f"{job['kernel']} {dtype_of(job)} {flags}"
@@ -214,7 +272,8 @@ def case(job: dict) -> str:
 
 def dtype_of(job: dict) -> str:
     signature = job["signature"]
-    return signature.get("z_ptr") or signature.get("h_ptr") or signature["a_ptr"]
+    names = ("z_ptr", "h_ptr", "a_ptr", "q_ptr")
+    return next(signature[name] for name in names if name in signature)
 
 
 # fp32 on one target by default, on the others in `make test-slow`: two minutes more
@@ -240,3 +299,27 @@ def test_kernels_compile_without_spills(target, dtype):
         assert row["shared"] <= SHARED_MEMORY[target], f"{case(job)}: {row['shared']} bytes shared"
         if not tiles:
             assert row["registers"] <= MAX_REGISTERS, f"{case(job)}: {row['registers']} registers"
+
+
+# bf16 on one target by default: each takes a minute
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        pytest.param(target, dtype, marks=[] if (target, dtype) == ("sm_90", "bf16") else SLOW)
+        for target in TARGETS
+        for dtype in ("bf16", "fp32")
+    ],
+)
+def test_prefix_attention_compiles_within_its_spills(target, dtype):
+    jobs = prefix_attention_jobs(TARGETS[target])
+    jobs = [job for job in jobs if dtype_of(job) == f"*{dtype}"]
+    for job, row in zip(jobs, compile_all(jobs), strict=True):
+        width = job["constexprs"]["D"]
+        name = f"{case(job)} width {width}"
+        allowed = {64: 0, 128: 0 if target in ("sm_90", "gfx942") else 96, 256: 192}[width]
+        if dtype == "fp32":  # without tensor cores
+            allowed = 40
+        elif width == 128 and job["constexprs"].get("ADD"):
+            allowed = 104  # rows of the tile, kept from before the loop to after it
+        assert row["spilled"] <= allowed, f"{name}: spills {row['spilled']}"
+        assert row["shared"] <= SHARED_MEMORY[target], f"{name}: {row['shared']} bytes shared"

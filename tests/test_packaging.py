@@ -23,7 +23,17 @@ ALLOWED = {
     "optim": {"triton_kernels"},
     "stability": {"triton_kernels"},
     "rl": {"optim", "stability", "triton_kernels"},
-    "integrations": {"optim", "stability", "rl.prefix", "rl.batch"},
+    "integrations": {
+        "optim",
+        "stability",
+        "rl.batch",
+        "rl.prefix",
+        "rl.prefix_checks",
+        "rl.prefix_metrics",
+        "rl.prefix_phases",
+        "triton_kernels.prefix_attention",
+        "triton_kernels.token_stats",
+    },
 }
 # Host libraries, each imported in one file of integrations/ only (rl/ is a Lightning program).
 HOSTS = {

@@ -1,0 +1,103 @@
+"""Arguments of shared-prefix training: token ids as lists, or one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_options(
+    prefix_memory: str,
+    wave_tokens: int | None,
+    accum_dtype: torch.dtype,
+    min_bound: float,
+    verify: str,
+    head: str,
+) -> None:
+    """Raises ValueError for the first option of `SharedPrefix` that is none."""
+    for name, value, allowed in (
+        ("prefix_memory", prefix_memory, ("keep", "recompute", "offload")),
+        ("verify", verify, ("first", "never", "always")),
+        ("head", head, ("logits", "fused")),
+        ("accum_dtype", accum_dtype, (torch.float32, torch.float64)),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(str, allowed))}, got {value!r}"
+                + (": gradients of many responses would be lost" if name == "accum_dtype" else "")
+            )
+    if wave_tokens is not None and (
+        isinstance(wave_tokens, bool) or not isinstance(wave_tokens, int) or wave_tokens < 1
+    ):
+        raise ValueError(f"wave_tokens: expected an int >= 1, got {wave_tokens!r}")
+    if not isinstance(min_bound, int | float) or not min_bound >= 0:
+        raise ValueError(f"min_bound: expected a number >= 0, got {min_bound!r}")
+
+
+def prompt_tokens(
+    prompt_ids: Sequence[int] | Tensor, attention_mask: Tensor | None, vocabulary: int
+) -> list[int]:
+    """The prompt of a group.
+
+    Args:
+        prompt_ids: [P] ids, or [G, P] with equal rows.
+        attention_mask: of the same shape, all ones.
+        vocabulary: ids are in [0, vocabulary).
+    """
+    ids = torch.as_tensor(prompt_ids)
+    if attention_mask is not None:
+        mask = torch.as_tensor(attention_mask)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask: expected {tuple(ids.shape)}, as prompt_ids, got "
+                f"{tuple(mask.shape)}"
+            )
+        if not mask.bool().all():
+            first = (mask.reshape(-1, mask.shape[-1])[:, 0] == 0).any()
+            side = "left-padded" if bool(first) else "padded"
+            raise ValueError(f"prompt_ids: {side} prompt, expected its tokens alone")
+    if ids.ndim == 2 and len(ids):
+        differs = (ids != ids[0]).any(0).nonzero()
+        if len(differs):
+            column = int(differs[0])
+            row = int((ids[:, column] != ids[0, column]).nonzero()[0])
+            raise ValueError(
+                f"prompt_ids: expected the same prompt in every row, but row {row} first differs "
+                f"at token {column}: {int(ids[row, column])}, not {int(ids[0, column])}"
+            )
+        ids = ids[0]
+    return _ids(ids, "prompt_ids", vocabulary)
+
+
+def response_tokens(
+    responses: Sequence[Sequence[int] | Tensor],
+    vocabulary: int | None = None,
+    *,
+    empty: bool = True,
+) -> list[list[int]]:
+    """Responses as lists.
+
+    Args:
+        responses: ids of each.
+        vocabulary: ids are in [0, vocabulary); None: they were checked before.
+        empty: whether there may be no response.
+    """
+    if not len(responses) and not empty:
+        raise ValueError("responses: expected at least one, got none")
+    return [
+        _ids(torch.as_tensor(response), f"responses[{i}]", vocabulary)
+        for i, response in enumerate(responses)
+    ]
+
+
+def _ids(ids: Tensor, name: str, vocabulary: int | None) -> list[int]:
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(f"{name}: expected at least one token id, got shape {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+    if vocabulary is not None and not bool(((ids >= 0) & (ids < vocabulary)).all()):
+        outside = ids[(ids < 0) | (ids >= vocabulary)]
+        raise ValueError(f"{name}: expected ids in [0, {vocabulary}), got {int(outside[0])}")
+    return ids.tolist()

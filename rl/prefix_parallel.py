@@ -1,0 +1,77 @@
+"""Shared-prefix training on several processes: what each must do at the same time as the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from .sharding import all_reduce_gradients, take_part_in_backward
+
+
+class Ranks:
+    """The processes of a sharded model (FSDP2); of any other model this process alone.
+
+    A sharded model is called by all processes alike, so they agree on the route, and on the number
+    of waves; those with fewer take part in the others' with nothing.
+
+    Args:
+        model: whose calls gather parameters.
+        sharded: whether they do.
+    """
+
+    def __init__(self, model: PreTrainedModel, sharded: bool) -> None:
+        self.model, self.sharded = model, sharded
+        if sharded and not isinstance(model, FSDPModule):
+            raise ValueError(
+                "model: expected fully_shard on the whole model, too, not only on parts"
+            )
+
+    def sums(self, *values: float) -> tuple[float, ...]:
+        """Each value's sum over the processes."""
+        if not self.sharded:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self._device())
+        dist.all_reduce(total)
+        return tuple(total.tolist())
+
+    def most(self, count: int) -> int:
+        """Largest of the processes' counts."""
+        if not self.sharded:
+            return count
+        most = torch.tensor(count, device=self._device())
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def synchronize(self, on: bool) -> None:
+        """Whether a backward pass reduces gradients."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(on)
+
+    def take_part(self) -> None:
+        """One forward pass, and backward if gradients are on, that adds nothing."""
+        if self.sharded:
+            take_part_in_backward(self.model)
+
+    def forget(self) -> None:
+        """Drops what waves left unreduced, after an error."""
+        if not self.sharded:
+            return
+        self.synchronize(True)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                group = module._get_fsdp_state()._fsdp_param_group
+                for parameter in group.fsdp_params if group else ():
+                    parameter.unsharded_accumulated_grad = None
+
+    def all_reduce(self, parameters: Sequence[nn.Parameter], average: bool) -> None:
+        """Sums or averages gradients over all processes, unless the model is sharded."""
+        if not self.sharded and dist.is_initialized():
+            all_reduce_gradients(parameters, average=average)
+
+    def _device(self) -> torch.device:
+        return torch.device(self.model.device)

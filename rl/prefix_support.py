@@ -1,0 +1,106 @@
+"""Which models a prefix may be shared in; what would change their results is refused by name."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")
+_WINDOWED = {"sliding_attention"}
+
+
+def refuse_unsupported(model: PreTrainedModel, longest: int | None = None) -> None:
+    """Raises if sharing a prefix would change what the model computes.
+
+    Args:
+        model: a transformers causal LM.
+        longest: tokens of the longest prompt with its response: a sliding window of at least so
+            many is no window. None: every window is refused.
+
+    Raises:
+        ValueError: attention outside transformers' registry (ALiBi among others), rotary embeddings
+            that depend on the current length, layers without softmax attention, a sliding window
+            shorter than `longest`, dropout in training mode, or experts whose choice depends on
+            the other tokens (capacity, expert choice, jitter); the message names which.
+    """
+    if not model._supports_attention_backend:
+        name = type(model).__name__
+        raise ValueError(f"model: {name} does not use transformers' attention registry, refused")
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    # flat, or one for each kind of layer
+    for parameters in [r for r in rope.values() if isinstance(r, dict)] or [rope]:
+        kind = parameters.get("rope_type", "default")
+        if kind in _LENGTH_DEPENDENT_ROPE:
+            raise ValueError(f"model: rope type {kind!r} depends on the current length, refused")
+    _refuse_layers(config, longest)
+    if model.training:
+        _refuse_dropout(model, config)
+    _refuse_experts(model, config)
+
+
+def _refuse_layers(config: PreTrainedConfig, longest: int | None) -> None:
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    narrow = window is not None and (longest is None or window < longest)
+    allowed = {"full_attention"} | (set() if narrow else _WINDOWED)
+    if layers - allowed:
+        raise ValueError(
+            f"model: expected full attention in every layer, got {sorted(layers)}"
+            + (f" with a sliding window of {window} tokens" if layers & _WINDOWED else "")
+            + ("" if longest is None else f", and a longest sequence of {longest}")
+        )
+    if narrow and "layer_types" not in config:
+        raise ValueError(f"model: sliding window of {window} tokens, refused")
+
+
+def _refuse_dropout(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    for name in _ATTENTION_DROPOUT:
+        if getattr(config, name, 0.0):
+            raise ValueError(f"model: {name} is {getattr(config, name)}, expected 0")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"model: dropout of {module.p} at {name}, expected 0: a group would share its mask"
+            )
+
+
+def _refuse_experts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    jitter = getattr(config, "router_jitter_noise", 0.0)
+    if jitter and model.training:
+        raise ValueError(f"model: router_jitter_noise is {jitter}, expected 0")
+    capacity = getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None)
+    if capacity:
+        raise ValueError(f"model: experts of limited capacity ({capacity}) drop tokens, refused")
+    if "expert_choice" in str(getattr(config, "router_type", "")):
+        raise ValueError("model: experts choose tokens (expert choice), expected tokens to choose")
+
+
+def refuse_for_phases(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Raises for what only the phases cannot do: they replace attention and go backward by parts.
+
+    Args:
+        model: as the user has it, wrapped or not.
+        config: of its text model.
+
+    Raises:
+        ValueError: capped attention scores, FSDP1, or a parameter with a hook that acts in
+            backward.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"model: attention scores capped at {config.attn_logit_softcapping} "
+            "(attn_logit_softcapping), expected uncapped scores"
+        )
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("model: FSDP1 (FullyShardedDataParallel), expected FSDP2 (fully_shard)")
+    for name, parameter in model.named_parameters():
+        if parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"model: {name} has a post-accumulate-grad hook; a group accumulates several times"
+            )

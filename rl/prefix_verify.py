@@ -1,0 +1,176 @@
+"""Is a group's gradient that of its trajectories on their own? Computes it densely and compares.
+
+The dense passes start from the gradients that reached the group's statistics, so the user's loss is
+not called again. Norm and cosine are compared, and each token's log-probability.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..triton_kernels.token_stats import TokenStats
+from .prefix_host import TransformersHost
+from .prefix_metrics import PrefixMetrics
+from .prefix_parallel import Ranks
+from .prefix_router import router_loss
+
+
+class Tolerance(NamedTuple):
+    """Most that may differ: relative norm, 1 - cosine, and a log-probability (nats)."""
+
+    norm: float
+    cosine: float
+    logp: float
+
+
+_TOLERANCES = {
+    torch.float64: Tolerance(1e-6, 1e-9, 1e-6),
+    torch.float32: Tolerance(2e-3, 1e-4, 5e-3),
+}
+# rounding of 8 or 11 bits, in dense training as well
+_LOW_PRECISION = Tolerance(5e-2, 1e-2, 0.5)
+
+
+class Upstream:
+    """Gradients that reach tensors, added up over backward passes.
+
+    Args:
+        tensors: leaves or not; those without gradients are passed over.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.grads: list[Tensor | None] = [None] * len(tensors)
+        for i, x in enumerate(tensors):
+            if x is not None and x.requires_grad:
+                x.register_hook(partial(self._add, i))
+
+    def _add(self, i: int, grad: Tensor) -> None:
+        found = self.grads[i]
+        self.grads[i] = grad.detach() if found is None else found + grad.detach()
+
+    @property
+    def arrived(self) -> bool:
+        return any(grad is not None for grad in self.grads)
+
+
+class Record(NamedTuple):
+    """Responses of a group, and what came out.
+
+    Args:
+        context: tokens before each.
+        responses: token ids.
+        stats: of [b, T] tensors, right-padded; of [T] for a branch's own tokens.
+        router_loss: [b] or None.
+        upstream: gradients of the stats' fields, and of router_loss where there is one.
+    """
+
+    context: list[int]
+    responses: list[list[int]]
+    stats: TokenStats
+    router_loss: Tensor | None
+    upstream: Upstream
+
+    def detached(self) -> Record:
+        stats = TokenStats(*(x if x is None else x.detach() for x in self.stats))
+        return self._replace(stats=stats, router_loss=None)
+
+    def row(self, i: int, tensor: Tensor | None) -> Tensor | None:
+        """[T] of the i-th response's tokens."""
+        if tensor is None:
+            return None
+        return (tensor if tensor.ndim == 1 else tensor[i])[: len(self.responses[i])]
+
+
+def compare_with_dense(
+    host: TransformersHost, ranks: Ranks, records: Sequence[Record], metrics: PrefixMetrics
+) -> float | None:
+    """Compares the gradients in `.grad` with those of dense passes, which are dropped.
+
+    Args:
+        host: the model.
+        ranks: its processes.
+        records: what was computed.
+        metrics: of the group; its FLOPs.
+
+    Returns:
+        Seconds of the dense passes per FLOP; None if the gradient is zero, which decides nothing.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    shared = [(p, p.grad) for p in host.trained]
+    try:
+        for parameter, _ in shared:
+            parameter.grad = None
+        started = time.perf_counter()
+        difference = _dense_passes(host, ranks, records)
+        if host.device.type == "cuda":
+            torch.cuda.synchronize(host.device)
+        seconds = time.perf_counter() - started
+        products = _inner_products([(p.grad, grad) for p, grad in shared])
+    finally:
+        for parameter, grad in shared:
+            parameter.grad = grad
+    dense2, shared2, mixed, worst = *ranks.sums(*products), max(difference, default=0.0)
+    if dense2 == 0 and shared2 == 0:
+        return None
+    tolerance = _TOLERANCES.get(_precision(host), _LOW_PRECISION)
+    norm = (shared2 / dense2) ** 0.5 if dense2 > 0 else float("inf")
+    cosine = mixed / (dense2 * shared2) ** 0.5 if dense2 * shared2 > 0 else 0.0
+    fine = abs(norm - 1) <= tolerance.norm and 1 - cosine <= tolerance.cosine
+    if not (fine and worst <= tolerance.logp):
+        raise RuntimeError(
+            "verify: the group's gradient with a shared prefix is not that of its trajectories on "
+            f"their own: norm ratio {norm:.6f}, cosine {cosine:.8f}, largest difference of a "
+            f"log-probability {worst:.2e} nats; the model is refused, train it without sharing"
+        )
+    return seconds / max(metrics.dense_flops, 1.0)
+
+
+def _dense_passes(host: TransformersHost, ranks: Ranks, records: Sequence[Record]) -> list[float]:
+    """Backward of every response; largest difference of a log-probability, by response."""
+    rows = [(record, i) for record in records for i in range(len(record.responses))]
+    differences = []
+    ranks.synchronize(False)
+    for record, i in rows:
+        with torch.enable_grad():
+            found = host.dense(record.context, [record.responses[i]])
+            grads = [record.row(i, g) for g in record.upstream.grads[: len(found.stats)]]
+            parts = [0.0 * found.stats.logp.sum()]
+            parts += [(x * g).sum() for x, g in zip(found.stats, grads) if g is not None]
+            of_router = record.upstream.grads[len(found.stats) :]
+            if of_router and of_router[0] is not None and found.router is not None:
+                parts.append((router_loss(found.router) * of_router[0][i]).sum())
+        sum(parts).backward()
+        difference = found.stats.logp.detach() - record.row(i, record.stats.logp.detach())
+        differences.append(float(difference.abs().max()))
+    for _ in range(ranks.most(len(rows)) - len(rows)):
+        ranks.take_part()
+    ranks.synchronize(True)
+    ranks.take_part()
+    return differences
+
+
+def _inner_products(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tuple[float, ...]:
+    """|a|^2, |b|^2 and a b over all pairs, of this process's shards, in float64."""
+    sums = [0.0, 0.0, 0.0]
+    for pair in pairs:
+        a, b = (x.to_local() if isinstance(x, DTensor) else x for x in pair)
+        for i, (x, y) in enumerate(((a, a), (b, b), (a, b))):
+            if x is not None and y is not None:
+                sums[i] += float((x.double() * y.double()).sum())
+    return tuple(sums)
+
+
+def _precision(host: TransformersHost) -> torch.dtype:
+    device = host.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return next(p.dtype for p in host.trained)
