@@ -14,6 +14,7 @@ _HOMES = {
         "EvaluationConfig",
         "LengthRateConfig",
         "PolicyConfig",
+        "PrefixConfig",
         "PruningConfig",
         "RLConfig",
         "RecordConfig",

@@ -41,6 +41,11 @@ class RolloutBatch:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def responses(self) -> list[list[int]]:
+        """Token ids of each rollout, without padding."""
+        rows = zip(self.tokens, self.mask, strict=True)
+        return [tokens[mask].tolist() for tokens, mask in rows]
+
     def rows_of_prompts(self, first: int, last: int) -> Tensor:
         """[B] bool: rollouts of the prompts first <= p < last."""
         return (self.group_index >= first) & (self.group_index < last)

@@ -152,6 +152,32 @@ class LengthRateConfig:
 
 
 @dataclass(frozen=True)
+class PrefixConfig:
+    """The three-phase schedule of shared prompts.
+
+    Args:
+        memory: of the prompt's forward pass until its backward: `recompute` it, `keep` it, or
+            `offload` it to the CPU's memory.
+        wave_tokens: most tokens of the responses whose graph is alive; null: 16384, on a CPU 1024.
+        min_bound: a group that could gain less than this factor repeats its prompt.
+        verify: compare the `first` group's gradient with the dense one, `never` or `always`.
+
+    Source:
+        arXiv 2606.01143; see `SharedPrefix`.
+    """
+
+    memory: Literal["keep", "recompute", "offload"] = "recompute"
+    wave_tokens: int | None = None
+    min_bound: float = 1.2
+    verify: Literal["first", "never", "always"] = "first"
+
+    def __post_init__(self) -> None:
+        if self.wave_tokens is not None:
+            _require(self.wave_tokens >= 1, "wave_tokens", "a count >= 1", self.wave_tokens)
+        _require(self.min_bound >= 0, "min_bound", "a factor >= 0", self.min_bound)
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """The update: each part of the pack, switchable.
 
@@ -166,7 +192,10 @@ class UpdateConfig:
         clip_norm: bound on the gradient norm; 0 does not clip.
         epochs: optimizer steps on each batch of rollouts; 1 is on-policy.
         micro_prompts: prompts whose graphs are alive at a time; 0 takes all.
-        route: `packed` shares each prompt's computation in its group, `dense` repeats it.
+        route: `packed` computes each prompt once in a row with its responses, whose graph is alive
+            as a whole: the fastest for small models; `three_phase` computes it once, too, and
+            frees each wave of responses: for long prompts and large groups; `dense` repeats it.
+        prefix: options of `three_phase`, which takes one prompt at a time.
         head: `fused` never stores the logits [tokens, vocabulary], which is what runs out of
             memory at large vocabularies; `logits` takes them from the model.
         advantage: `token_baseline`, `group_mean` (GRPO without standard deviation), `group_std`
@@ -193,7 +222,8 @@ class UpdateConfig:
     clip_norm: float = 1.0
     epochs: int = 1
     micro_prompts: int = 0
-    route: Literal["packed", "dense"] = "packed"
+    route: Literal["packed", "three_phase", "dense"] = "packed"
+    prefix: PrefixConfig = PrefixConfig()
     head: Literal["logits", "fused"] = "logits"
     advantage: Literal["token_baseline", "group_mean", "group_std", "leave_one_out"] = (
         "token_baseline"

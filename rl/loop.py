@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optim import AdamMini, LengthTriggeredLR
 from ..stability import group_metrics
+from ..triton_kernels.token_stats import TokenStats
 from .batch import RolloutBatch, collate
 from .collect import Collected, Collector, ScoredGroup, stable_seed
 from .config import RLConfig
@@ -35,6 +38,8 @@ from .objective import (
     token_weights,
     trusted_rollouts,
 )
+from .prefix import SharedPrefix
+from .prefix_waves import Wave, WaveOutput
 from .ranks import (
     check_shares,
     mean_over_ranks,
@@ -90,6 +95,7 @@ class RLModule(pl.LightningModule):
         self.last_groups: list[ScoredGroup] = []
         self.last_metrics: dict[str, float] = {}
         self.engine: TransformersEngine | None = None
+        self.shared_prefix: SharedPrefix | None = None
         self.collector = Collector(config, task, tokenizer)
 
     # ---------------------------------------------------------------- Lightning's hooks
@@ -141,6 +147,8 @@ class RLModule(pl.LightningModule):
         if self.engine is None:
             self.engine = self._make_engine()
         self.engine.to(self.device)
+        if self.config.update.route == "three_phase":
+            self.shared_prefix = self._make_shared_prefix()
         needs_min_p = self.config.update.pruning is not None
         tempered = self.config.rollout.temperature != 1 or needs_min_p
         refuse_engine(self.engine.capabilities, processed=tempered, min_p=needs_min_p)
@@ -217,6 +225,19 @@ class RLModule(pl.LightningModule):
             max_rows=rollout.max_rows,
         )
 
+    def _make_shared_prefix(self) -> SharedPrefix:
+        update, options = self.config.update, self.config.update.prefix
+        return SharedPrefix(
+            self.policy,
+            prefix_memory=options.memory,
+            wave_tokens=options.wave_tokens,
+            min_bound=options.min_bound,
+            verify=options.verify,
+            head=update.head,
+            temperature=self.config.rollout.temperature,
+            prune=None if update.pruning is None else update.pruning.rho,
+        )
+
     def _rollout_facts(self, batch: RolloutBatch, collected: Collected) -> dict[str, float]:
         """Means over the rollouts of all processes, exactly."""
         lengths = batch.mask.sum(-1)
@@ -272,22 +293,21 @@ class RLModule(pl.LightningModule):
             done: list[tuple[Tensor, Objective]] = []
             for rows in parts:
                 if rows is None:
-                    take_part_in_backward(self.policy)
+                    self._take_part()
                     continue
                 part = batch.select(rows)
-                width = part.mask.shape[1]
+                of_part = partial(
+                    self._objective,
+                    part=part,
+                    weights=weights[rows][:, : part.mask.shape[1]],
+                    old_logp=old_logp,
+                    rows=rows,
+                    first=epoch == 0,
+                )
                 with self._without_gradient_sync():
-                    stats = self._statistics(part)
-                    if epoch == 0:
-                        columns = torch.arange(width, device=self.device)
-                        old_logp[rows.nonzero(), columns] = stats.logp.detach().to(old_logp.dtype)
-                    result = objective(
-                        stats, part, weights[rows][:, :width], old_logp[rows][:, :width], config
-                    )
-                    # reduce-scatter of FSDP2 averages; the weights already divide by global counts
-                    scale = world_size() if is_sharded(self.policy) else 1
-                    self.manual_backward(result.loss * scale)
-                done.append((rows, result))
+                    done.append((rows, self._backward_of_part(part, of_part)))
+            if self.shared_prefix is not None:
+                metrics |= mean_over_ranks(self.shared_prefix.metrics())
             own = batch_metrics(done, batch, weights, old_logp, config) if done else {}
             found = mean_over_ranks(own)
             self._add_gradients_of_ranks()
@@ -299,6 +319,51 @@ class RLModule(pl.LightningModule):
                 break
         self._schedule(facts, metrics)
         return metrics
+
+    def _objective(
+        self,
+        stats: TokenStats,
+        part: RolloutBatch,
+        weights: Tensor,
+        old_logp: Tensor,
+        rows: Tensor,
+        first: bool,
+    ) -> Objective:
+        """Of some rows of the batch; in the first epoch their log-probs go to `old_logp` [B, T]."""
+        width = part.mask.shape[1]
+        if first:
+            columns = torch.arange(width, device=self.device)
+            old_logp[rows.nonzero(), columns] = stats.logp.detach().to(old_logp.dtype)
+        return objective(stats, part, weights, old_logp[rows][:, :width], self.config.update)
+
+    def _backward_of_part(
+        self, part: RolloutBatch, of_part: Callable[[TokenStats], Objective]
+    ) -> Objective:
+        """Statistics of some whole groups, their objective, and its backward pass."""
+        # reduce-scatter of FSDP2 averages; the weights already divide by global counts
+        scale = world_size() if is_sharded(self.policy) else 1
+        if self.shared_prefix is None:
+            result = of_part(self._statistics(part))
+            self.manual_backward(result.loss * scale)
+            return result
+        results: list[Objective] = []
+
+        def loss(out: WaveOutput, _whole: Wave) -> Tensor:
+            results.append(of_part(out.stats))
+            return results[-1].loss * scale
+
+        (prompt,) = part.prompts
+        with self.shared_prefix.group(prompt) as group:
+            # jointly: the token baseline is taken over the group
+            group.accumulate(part.responses(), loss, joint=True, by=self.manual_backward)
+        return results[-1]
+
+    def _take_part(self) -> None:
+        """What a process without a part does while the others have one (FSDP2)."""
+        if self.shared_prefix is None:
+            take_part_in_backward(self.policy)
+        else:
+            self.shared_prefix.idle_group()
 
     def _without_gradient_sync(self) -> AbstractContextManager[None]:
         """DDP would average after each part; `_add_gradients_of_ranks` sums once, at the end."""
@@ -313,6 +378,8 @@ class RLModule(pl.LightningModule):
         A sharded policy is called by all processes alike: those with fewer parts fill up with None.
         """
         size = self.config.update.micro_prompts or len(batch.prompts)
+        if self.shared_prefix is not None:
+            size = 1
         parts = [
             batch.rows_of_prompts(first, first + size)
             for first in range(0, len(batch.prompts), size)
@@ -324,7 +391,11 @@ class RLModule(pl.LightningModule):
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return parts + [None] * (int(count) - len(parts))
 
-    def _statistics(self, part: RolloutBatch) -> Any:
+    def _statistics(self, part: RolloutBatch) -> TokenStats:
+        if self.shared_prefix is not None:
+            (prompt,) = part.prompts
+            with torch.no_grad(), self.shared_prefix.group(prompt) as group:
+                return group.statistics(part.responses()).stats
         update, rollout = self.config.update, self.config.rollout
         return policy_statistics(self.policy, part, update, rollout.temperature)
 
@@ -337,7 +408,7 @@ class RLModule(pl.LightningModule):
         with torch.no_grad():
             for rows in parts:
                 if rows is None:
-                    take_part_in_backward(self.policy)
+                    self._take_part()
                     continue
                 part = batch.select(rows)
                 keep[rows] = trusted_rollouts(self._statistics(part), part, self.config.update)[0]

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,42 +40,20 @@ from .prefix_phases import Offload, Phase, PrefixStore
 from .prefix_router import RouterSums, router_loss
 from .prefix_support import refuse_unsupported
 from .prefix_verify import Record, Upstream, compare_with_dense
+from .prefix_waves import (
+    LossFunction,
+    Tokens,
+    Wave,
+    WaveOutput,
+    joined,
+    padded_rows,
+    split_rows,
+    wave_of,
+)
 
 logger = logging.getLogger(__name__)
 
-Tokens = Sequence[int] | Tensor
 PrefixMemory = Literal["keep", "recompute", "offload"]
-
-
-class Wave(NamedTuple):
-    """Responses that are computed together.
-
-    Args:
-        rows: [b] int64 on CPU, which responses of the group.
-        tokens: [b, T] int64, right-padded with 0.
-        mask: [b, T] bool, True at response tokens.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    mask: Tensor
-
-
-class WaveOutput(NamedTuple):
-    """What a wave gives, aligned to its tokens; 0 at padding.
-
-    Args:
-        logp: [b, T] log-probability of each response token, nats.
-        stats: `TokenStats` of [b, T] tensors; `logp` is its first.
-        router_loss: [b] load-balancing loss of each trajectory with its prefix, or None.
-    """
-
-    logp: Tensor
-    stats: TokenStats
-    router_loss: Tensor | None
-
-
-LossFunction = Callable[[WaveOutput, Wave], Tensor]
 
 
 class SharedPrefix:
@@ -86,7 +64,8 @@ class SharedPrefix:
     Args:
         model: transformers causal LM; may be wrapped by DDP or PEFT, or sharded by `fully_shard`.
         prefix_memory: between phases A and C, "keep" keeps the prefix's graph; "recompute" keeps
-            nothing of it and runs the prefix forward again; "offload" keeps it in CPU memory.
+            nothing of it and runs the prefix forward again; "offload" keeps it in CPU memory (not
+            under FSDP2).
         wave_tokens: most tokens of a wave; a longer response is a wave of its own. Default: 16384,
             on a CPU 1024 (more leave its caches).
         accum_dtype: of the prefix's gradient buffers, or that of the keys if wider.
@@ -125,6 +104,11 @@ class SharedPrefix:
     ) -> None:
         check_options(prefix_memory, wave_tokens, accum_dtype, min_bound, verify, head)
         self.host = TransformersHost(model, head, temperature, prune, router_loss)
+        if prefix_memory == "offload" and self.host.sharded:
+            raise ValueError(
+                "prefix_memory: expected keep or recompute under FSDP2, whose gathered parameters "
+                "offload would copy, got 'offload'"
+            )
         if wave_tokens is None:
             wave_tokens = 1024 if self.host.device.type == "cpu" else 16384
         self.prefix_memory, self.wave_tokens = prefix_memory, wave_tokens
@@ -268,6 +252,7 @@ class PrefixGroup:
         self._failed = False
         self._attention: str | None = None
         self._autocast: AbstractContextManager = nullcontext()
+        step.ranks.reshard()
         self._gradients = [(p, p.grad) for p in step.host.trained] if self.train else []
         for parameter, _ in self._gradients:
             parameter.grad = None
@@ -300,7 +285,7 @@ class PrefixGroup:
                 step.ranks.take_part()  # a backward pass that adds nothing reduces the waves' sums
         self._close()
         if self.parent is None:
-            if self.records and self._computed:
+            if self.records is not None and self._computed:
                 with self._autocast:
                     step._check(self.records, self.metrics)
             for parameter, before in self._gradients:
@@ -325,6 +310,8 @@ class PrefixGroup:
         self._first_pass = self._own_stats = self._own_router = None
         self._untaken.clear()
         self.step._open = self.parent
+        if self.parent is None:
+            self.step.ranks.reshard()
         if self.parent is None and self._attention is not None:
             self.step.host.restore_attention(self._attention)
 
@@ -380,7 +367,7 @@ class PrefixGroup:
         if result.stats is not None:
             stats = TokenStats(*(_leaf(x, self.train) for x in result.stats))
             self._own_stats = Upstream(stats)
-            self.own = WaveOutput(*_rows(stats, torch.ones(1, len(self.tokens)).bool()), None)
+            self.own = WaveOutput(*padded_rows(stats, torch.ones(1, len(self.tokens)).bool()), None)
             if self.root.records is not None:
                 record = Record(self.parent.context, [self.tokens], stats, None, self._own_stats)
                 self.root.records.append(record)
@@ -441,10 +428,10 @@ class PrefixGroup:
         step = self.step
         before = 0 if self.shared else len(self.context)
         single = bool(step.router_loss) and not self.shared
-        split = _split([before + len(t) for t in tokens], 1 if single else self.wave_tokens)
+        split = split_rows([before + len(t) for t in tokens], 1 if single else self.wave_tokens)
         missing = step.ranks.most(len(split)) - len(split)
         for rows in split:
-            yield _wave(rows, tokens, self.device)
+            yield wave_of(rows, tokens, self.device)
         for _ in range(missing):
             step.ranks.take_part()
 
@@ -495,7 +482,7 @@ class PrefixGroup:
         responses = [row[keep].tolist() for row, keep in zip(wave.tokens, wave.mask, strict=True)]
         with self.root.metrics.timed("waves", self.device):
             result = self._wave_pass(responses) if self.shared else self._dense_pass(responses)
-        out = WaveOutput(*_rows(result.stats, wave.mask), self._router_loss(result.router))
+        out = WaveOutput(*padded_rows(result.stats, wave.mask), self._router_loss(result.router))
         if torch.is_grad_enabled():
             watched = [*out.stats, out.router_loss]
             upstream = Upstream(watched)
@@ -585,9 +572,9 @@ class PrefixGroup:
                 self.backward(value, by=by)
                 total += float(value.detach())
             return total
-        whole = _wave(range(len(responses)), response_tokens(responses), self.device)
+        whole = wave_of(range(len(responses)), response_tokens(responses), self.device)
         with torch.no_grad():
-            found = _joined([self.forward(wave) for wave in waves], waves, whole)
+            found = joined([self.forward(wave) for wave in waves], waves, whole)
         stats = TokenStats(*(_leaf(x, True) for x in found.stats))
         router = _leaf(found.router_loss, True)
         upstream = Upstream([*stats, router])
@@ -617,8 +604,8 @@ class PrefixGroup:
 
     def _statistics(self, responses: Sequence[Tokens]) -> WaveOutput:
         waves = list(self.waves(responses))
-        whole = _wave(range(len(responses)), response_tokens(responses), self.device)
-        return _joined([self.forward(wave) for wave in waves], waves, whole)
+        whole = wave_of(range(len(responses)), response_tokens(responses), self.device)
+        return joined([self.forward(wave) for wave in waves], waves, whole)
 
     def _split_if_needed(self, responses: Sequence[Tokens], run: Callable[[], Any]) -> Any:
         """`run`, again from the prefix on with smaller waves while memory runs out."""
@@ -628,7 +615,7 @@ class PrefixGroup:
                 return run()
             except torch.OutOfMemoryError:
                 lengths = [len(response) for response in responses]
-                alone = len(_split(lengths, self.wave_tokens)) == len(lengths)
+                alone = len(split_rows(lengths, self.wave_tokens)) == len(lengths)
                 if alone or not untouched or self.step.host.sharded:
                     raise
             self._restart()
@@ -657,49 +644,3 @@ def _products(tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) 
     """Scalars whose backward gives each tensor its gradient."""
     pairs = zip(tensors, grads, strict=True)
     return [(x * g).sum() for x, g in pairs if x is not None and g is not None]
-
-
-def _split(costs: Sequence[int], most: int) -> list[list[int]]:
-    """Consecutive rows whose costs are at most `most`, or one row."""
-    waves: list[list[int]] = []
-    used = 0
-    for row, cost in enumerate(costs):
-        if not waves or used + cost > most:
-            waves.append([])
-            used = 0
-        waves[-1].append(row)
-        used += cost
-    return waves
-
-
-def _wave(rows: Sequence[int], tokens: list[list[int]], device: torch.device) -> Wave:
-    chosen = [torch.tensor(tokens[row]) for row in rows]
-    lengths = torch.tensor([len(x) for x in chosen])
-    padded = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return Wave(torch.tensor(list(rows)), padded.to(device), mask.to(device))
-
-
-def _rows(flat: TokenStats, mask: Tensor) -> tuple[Tensor, TokenStats]:
-    """Log-probabilities and statistics [b, T] of [N] ones, 0 at padding."""
-    mask = mask.to(flat.logp.device)
-    stats = TokenStats(
-        *(x if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)
-    )
-    return stats.logp, stats
-
-
-def _joined(outs: Sequence[WaveOutput], waves: Sequence[Wave], whole: Wave) -> WaveOutput:
-    """Outputs of waves as that of all responses."""
-
-    def padded(parts: Sequence[Tensor | None]) -> Tensor | None:
-        if parts[0] is None:
-            return None
-        found = parts[0].new_zeros(whole.mask.shape)
-        for part, wave in zip(parts, waves, strict=True):
-            found[wave.rows, : part.shape[1]] = part
-        return found
-
-    stats = TokenStats(*(padded(parts) for parts in zip(*(out.stats for out in outs), strict=True)))
-    router = None if outs[0].router_loss is None else torch.cat([o.router_loss for o in outs])
-    return WaveOutput(stats.logp, stats, router)

@@ -52,6 +52,13 @@ class Ranks:
         if self.sharded:
             self.model.set_requires_gradient_sync(on)
 
+    def reshard(self) -> None:
+        """Makes `parameters()` the sharded ones: after a forward pass the root's are whole."""
+        if self.sharded:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def take_part(self) -> None:
         """One forward pass, and backward if gradients are on, that adds nothing."""
         if self.sharded:
@@ -67,6 +74,8 @@ class Ranks:
                 group = module._get_fsdp_state()._fsdp_param_group
                 for parameter in group.fsdp_params if group else ():
                     parameter.unsharded_accumulated_grad = None
+                    if hasattr(parameter, "_unsharded_param"):
+                        parameter._unsharded_param.grad = None
 
     def all_reduce(self, parameters: Sequence[nn.Parameter], average: bool) -> None:
         """Sums or averages gradients over all processes, unless the model is sharded."""

@@ -114,6 +114,7 @@ def compare_with_dense(
         if host.device.type == "cuda":
             torch.cuda.synchronize(host.device)
         seconds = time.perf_counter() - started
+        ranks.reshard()
         products = _inner_products([(p.grad, grad) for p, grad in shared])
     finally:
         for parameter, grad in shared:
@@ -138,6 +139,7 @@ def _dense_passes(host: TransformersHost, ranks: Ranks, records: Sequence[Record
     """Backward of every response; largest difference of a log-probability, by response."""
     rows = [(record, i) for record in records for i in range(len(record.responses))]
     differences = []
+    missing = ranks.most(len(rows)) - len(rows)
     ranks.synchronize(False)
     for record, i in rows:
         with torch.enable_grad():
@@ -151,7 +153,7 @@ def _dense_passes(host: TransformersHost, ranks: Ranks, records: Sequence[Record
         sum(parts).backward()
         difference = found.stats.logp.detach() - record.row(i, record.stats.logp.detach())
         differences.append(float(difference.abs().max()))
-    for _ in range(ranks.most(len(rows)) - len(rows)):
+    for _ in range(missing):
         ranks.take_part()
     ranks.synchronize(True)
     ranks.take_part()

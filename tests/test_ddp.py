@@ -46,10 +46,13 @@ def folder(tmp_path_factory, request):
     run(["--config", recipe, "--run_dir", "fsdp2", *SHARDED], folder)
     fused = ["--update.head", "fused"]
     run(["--config", recipe, "--run_dir", "ddp-fused", *TWO, "ddp", *fused], folder)
+    phases = ["--update.route", "three_phase", "--update.prefix.min_bound", "0"]
+    run(["--config", recipe, "--run_dir", "ddp-phases", *TWO, "ddp", *phases], folder)
+    run(["--config", recipe, "--run_dir", "fsdp2-phases", *SHARDED, *phases], folder)
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-fused"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-fused", "ddp-phases", "fsdp2-phases"])
 @pytest.mark.parametrize("update", range(UPDATES))
 def test_gradients_equal_those_of_one_process(folder, update, strategy):
     one, two = (gradients_of(folder / name, update) for name in ("one", strategy))

@@ -10,12 +10,13 @@ import pytest
 import trimtab.optim
 import trimtab.rl
 import trimtab.stability
-from trimtab.integrations import lightning, transformers, vllm
+from trimtab.integrations import lightning, megatron, transformers, vllm
 from trimtab.triton_kernels import (
     divergence,
     gem,
     imitation,
     linear_token_stats,
+    prefix_attention,
     soft_value,
     token_stats,
 )
@@ -43,6 +44,8 @@ PUBLIC = {
                 gem,
                 imitation,
                 linear_token_stats,
+                megatron,
+                prefix_attention,
                 soft_value,
                 token_stats,
                 lightning,

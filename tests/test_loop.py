@@ -16,6 +16,7 @@ from trimtab.rl import (
     EvaluationConfig,
     LengthRateConfig,
     PolicyConfig,
+    PrefixConfig,
     Problem,
     ProblemData,
     PruningConfig,
@@ -118,6 +119,7 @@ OPTIONS = {
     "ppo_clip-2-epochs": {"loss": "ppo_clip", "epochs": 2},
     "reinforce": {"loss": "reinforce"},
     "dense": {"route": "dense"},
+    "three_phase": {"route": "three_phase", "prefix": PrefixConfig(min_bound=0, wave_tokens=20)},
     "fused-head": {"head": "fused", "pruning": PruningConfig(0.01)},
     "micro": {"micro_prompts": 1},
     "seq_mean": {"aggregation": "seq_mean"},
@@ -140,6 +142,30 @@ def test_every_option_trains(option, policy_folder):
     assert module.updates_done == 3 and module.skipped_updates == 0
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["rollouts"] == 12
+
+
+class KeepGradient(pl.Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.grad = torch.cat([p.grad.flatten() for p in module.policy.parameters()])
+
+
+@pytest.mark.parametrize("advantage", ["token_baseline", "group_std"])
+@pytest.mark.parametrize("wave_tokens", [8, 1000])
+def test_three_phases_take_the_gradient_of_the_packed_row(policy_folder, wave_tokens, advantage):
+    found = {}
+    for route in ("packed", "three_phase"):
+        options = dict(route=route, advantage=advantage, clip_norm=0.0)
+        options |= {"trust_region": TrustRegionConfig(denominator="kept")}
+        prefix = PrefixConfig(min_bound=0, wave_tokens=wave_tokens)
+        config = config_of(Letters(), policy_folder, **options, prefix=prefix)
+        config = dataclasses.replace(config, updates=1)
+        keep = KeepGradient()
+        _, (row,) = train(config, policy_folder, [keep])
+        found[route] = keep.grad, row["loss"]
+    assert row["prefix/shared"] == 1 and row["prefix/saved_tokens"] > 0
+    error = (found["packed"][0] - found["three_phase"][0]).norm() / found["packed"][0].norm()
+    assert error < 2e-6 and found["packed"][0].norm() > 0
+    assert found["packed"][1] == pytest.approx(found["three_phase"][1], rel=1e-5, abs=1e-7)
 
 
 def test_without_mismatch_the_ratio_is_one(policy_folder):

@@ -31,6 +31,7 @@ ALLOWED = {
         "rl.prefix_checks",
         "rl.prefix_metrics",
         "rl.prefix_phases",
+        "rl.prefix_waves",
         "triton_kernels.prefix_attention",
         "triton_kernels.token_stats",
     },

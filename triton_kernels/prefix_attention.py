@@ -53,6 +53,13 @@ class Packing:
     """B sequences of these lengths, one after the other in a row of N tokens, without padding.
 
     Made once for all layers of a wave: what kernels read of it is put on the device once.
+
+    Args:
+        lengths: of each sequence, at least 1; on the host.
+        device: of the tokens.
+
+    Raises:
+        ValueError: there is no sequence, or an empty one.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str) -> None:
@@ -72,6 +79,7 @@ class Packing:
 
     @property
     def tokens(self) -> int:
+        """N."""
         return self.starts[-1]
 
     def tiles(self, block: int) -> Tensor:
@@ -99,11 +107,18 @@ def prefix_attention_reference(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """What `prefix_attention` computes, in plain PyTorch, differentiable in everything.
+    """What the fused attention over a prefix computes, in plain differentiable PyTorch.
 
     Args:
+        query: [N, Hq, D].
+        key: [N, Hk, D].
+        value: [N, Hk, D].
         prefixes: pairs of keys and values [P, Hk, D].
         lengths: tokens of each sequence.
+        scale: of the scores; D^-0.5 by default.
+
+    Returns:
+        [N, Hq, D] in the dtype of `query`.
     """
     repeats = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale

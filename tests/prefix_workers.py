@@ -1,0 +1,109 @@
+"""Processes of test_prefix_distributed.py: groups on two ranks, under DDP and FSDP2."""
+
+import torch
+import torch.distributed as dist
+from prefix_cases import group_of_responses, loss_of
+from tiny_models import causal_lm, keep_norm_dtype
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from trimtab.rl.prefix import SharedPrefix
+from trimtab.rl.sharding import shard_policy
+
+# by rank, of two groups: prompt length and response lengths; rank 1 has no second group
+GROUPS = [
+    [(17, (5, 1, 7, 7, 3, 9)), (30, (4, 4))],
+    [(11, (6, 2)), None],
+]
+
+
+def model_of(checkpointing=False):
+    model = keep_norm_dtype(causal_lm("llama_gqa", dtype=torch.float64))
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return model
+
+
+def groups_of(rank):
+    return [
+        None if sizes is None else group_of_responses(*sizes, seed=10 * rank + i)
+        for i, sizes in enumerate(GROUPS[rank])
+    ]
+
+
+def full_gradient(model):
+    grads = [p.grad for p in model.parameters()]
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
+
+
+def train(step, rank):
+    for group in groups_of(rank):
+        if group is None:
+            step.idle_group()
+            continue
+        prompt, responses, weights = group
+        with step.group(prompt) as g:
+            g.accumulate(responses, loss_of(weights))
+    step.all_reduce_gradients()
+
+
+def sharded_model(checkpointing=False):
+    model = model_of(checkpointing)
+    shard_policy(model, init_device_mesh("cpu", (2,)))
+    return model
+
+
+def run(rank, world, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    torch.set_num_threads(1)
+    found = {}
+    for memory in ("keep", "recompute", "offload"):
+        model = model_of()
+        options = dict(prefix_memory=memory, wave_tokens=8, min_bound=0, verify="always")
+        train(SharedPrefix(DistributedDataParallel(model), **options), rank)
+        found["ddp", memory] = full_gradient(model)
+        for checkpointing in (False, True) if memory != "offload" else ():
+            model = sharded_model(checkpointing)
+            step = SharedPrefix(model, **options)
+            train(step, rank)
+            found["fsdp2", memory, checkpointing] = full_gradient(model)
+    model = sharded_model()
+    step = SharedPrefix(model, wave_tokens=30, min_bound=100)
+    train(step, rank)
+    found["fsdp2", "dense"] = full_gradient(model)
+    found["route"] = step.metrics()["prefix/shared"]
+
+    step = SharedPrefix(model, wave_tokens=8, min_bound=0)
+    (prompt, responses, weights), _ = groups_of(rank)
+    with torch.no_grad(), step.group(prompt) as g:
+        found["logp"] = g.statistics(responses).logp
+
+    # one rank's error stops both: a rank cannot go on without the other
+    model.zero_grad()
+    try:
+        with step.group(prompt) as g:
+            g.accumulate(responses[:1], loss_of(weights))
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        found["grads after an error"] = [p.grad for p in model.parameters()]
+    train(step, rank)
+    found["fsdp2", "after an error"] = full_gradient(model)
+    for name, options in {
+        "branch": {},
+        "fused": {"head": "fused"},
+        "offload": {"prefix_memory": "offload"},
+    }.items():
+        try:
+            with SharedPrefix(model, min_bound=0, **options).group(prompt) as g:
+                if name == "branch":
+                    g.step.group([1, 2], parent=g).__enter__()
+                g.accumulate(responses[:1], loss_of(weights))
+        except ValueError as error:
+            found[name] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,66 @@
+"""Two gloo processes with groups of their own take the gradient of one process."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from prefix_cases import dense_gradient, relative_l2
+from prefix_workers import groups_of, model_of, run
+
+MEMORY = ["keep", "recompute", "offload"]
+CASES = [("ddp", m) for m in MEMORY]
+CASES += [("fsdp2", m, checkpointing) for m in MEMORY[:2] for checkpointing in (False, True)]
+CASES += [("fsdp2", "dense"), ("fsdp2", "after an error")]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefix")
+    mp.spawn(run, args=(2, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Mean over the ranks of each rank's sum, trajectory by trajectory in one process."""
+    groups = [group for rank in range(2) for group in groups_of(rank) if group is not None]
+    return sum(dense_gradient(model_of(), *group)[1] for group in groups) / 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_gradient_is_that_of_one_process(ranks, truth, case):
+    assert torch.equal(ranks[0][case], ranks[1][case]), "ranks disagree"
+    assert relative_l2(ranks[0][case], truth) < 1e-12
+
+
+def test_the_route_is_the_same_on_all_ranks(ranks):
+    assert [found["route"] for found in ranks] == [0.0, 0.0]
+
+
+def test_log_probabilities_of_a_sharded_model(ranks):
+    for rank, found in enumerate(ranks):
+        prompt, responses, _ = groups_of(rank)[0]
+        model = model_of()
+        for row, response in enumerate(responses):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            logp = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+            own = found["logp"][row, : len(response)]
+            torch.testing.assert_close(own, logp, atol=1e-12, rtol=0)
+
+
+def test_an_error_leaves_no_gradient(ranks):
+    for found in ranks:
+        assert found["grads after an error"] == [None] * len(found["grads after an error"])
+
+
+def test_what_a_sharded_model_cannot_do_is_refused(ranks):
+    for found in ranks:
+        assert "branches are not supported under FSDP2" in found["branch"]
+        assert "prefix_memory: expected keep or recompute under FSDP2" in found["offload"]
+        assert "got a DTensor (FSDP2 shards them)" in found["fused"]
+
+
+# Edits that must turn this file red:
+#   prefix_parallel.py: synchronize does nothing   (each wave is reduced, and phase C again)
+#   prefix_parallel.py: most returns its count     (hangs: ranks with fewer waves do not take part)
+#   prefix.py: _finish without take_part           (dense route: the waves' sums stay on the ranks)
+#   sharding.py: all_reduce_gradients without the division
