@@ -3,8 +3,8 @@
     python benchmarks/report.py benchmarks/results/bench_adam_mini.json [more.json ...]
 
 Rows that name a provider and a size (bench_adam_mini.py) or a shape (bench_token_stats.py) become
-one table for each thing that was timed, providers by sizes or shapes; others (bench_rl.py) one
-table for each benchmark group, times only.
+one table for each thing that was timed, providers by sizes or shapes; those of bench_prefix.py one
+table; others (bench_rl.py) one table for each benchmark group, times only.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ def report(run: Row) -> list[str]:
     parts = [where(run)]
     by_size = [row for row in rows if {"provider", "size"} <= row["extra_info"].keys()]
     by_shape = [row for row in rows if {"provider", "shape"} <= row["extra_info"].keys()]
-    plain = [row for row in rows if row not in by_size + by_shape]
+    prefix = [row for row in rows if "prefix" in row["extra_info"]]
+    plain = [row for row in rows if row not in by_size + by_shape + prefix]
     for clip, some in grouped(by_size, lambda row: row["extra_info"]["clip"]):
         title = "clip and step" if clip else "step"
         parts.append(size_table(title, some))
     for title, some in grouped(by_shape, lambda row: row["extra_info"]["table"]):
         parts.append(shape_table(title, some))
+    if prefix:
+        parts.append(prefix_table(prefix))
     for group, some in grouped(plain, lambda row: row["group"] or "all"):
         parts.append(time_table(group, some))
     return parts
@@ -93,6 +96,30 @@ def shape_cells(row: Row) -> list[str]:
         f"{number(info['ratio'], 2)} ({low}-{high})",
         number(info["extra_mb"], 1),
     ]
+
+
+def prefix_table(rows: list[Row]) -> str:
+    """Speed-ups of shared-prefix training (bench_prefix.py)."""
+    head = ["prompt:response x group", "provider", "route", "ms", "speed-up (range)", "bound"]
+    head += ["share", "peak MB", "dense, one trajectory"]
+    lines = []
+    for row in rows:
+        info, (p, s, g) = row["extra_info"], row["extra_info"]["prefix"]
+        low, high = (number(value, 2) for value in info["speedup_range"])
+        lines.append(
+            [
+                f"{p}:{s} x {g}",
+                info["provider"],
+                info["route"],
+                number(1e3 * row["stats"]["median"], 0),
+                f"{number(info['speedup'], 2)} ({low}-{high})",
+                number(info["bound"], 2),
+                number(info["share"], 2),
+                number(info["peak_mb"], 0),
+                number(info["dense_peak_mb"], 0),
+            ]
+        )
+    return markdown(head, lines)
 
 
 def size_table(title: str, rows: list[Row]) -> str:
