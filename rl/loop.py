@@ -363,7 +363,7 @@ class RLModule(pl.LightningModule):
         if self.shared_prefix is None:
             take_part_in_backward(self.policy)
         else:
-            self.shared_prefix.idle_group()
+            self.shared_prefix.idle_group(joint=True)
 
     def _without_gradient_sync(self) -> AbstractContextManager[None]:
         """DDP would average after each part; `_add_gradients_of_ranks` sums once, at the end."""

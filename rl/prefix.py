@@ -143,12 +143,15 @@ class SharedPrefix:
         tokens = prompt_tokens(prompt_ids, attention_mask, self.host.config.vocab_size)
         return PrefixGroup(self, tokens, parent)
 
-    def idle_group(self) -> None:
-        """Takes part with nothing in a group of the other processes (FSDP2; else: no effect)."""
+    def idle_group(self, *, joint: bool = False) -> None:
+        """Takes part with nothing in a group of the other processes (FSDP2; else: no effect).
+
+        Args:
+            joint: as they call `accumulate`.
+        """
         if self.host.sharded:
             with self.group([0, 0]) as g:
-                for _ in g.waves([]):
-                    raise AssertionError
+                g.accumulate([], lambda out, _: out.logp.sum(), joint=joint)
 
     def all_reduce_gradients(self, *, average: bool = True) -> None:
         """Adds up `.grad` over the processes, once after all groups of a step (DDP).
@@ -207,6 +210,8 @@ class PrefixGroup:
         self.shared: bool | None = None if parent is None else True
         self.own: WaveOutput | None = None
         self.wave_tokens = step.wave_tokens
+        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._attention: str | None = None
         self._state: Literal["new", "open", "closed"] = "new"
 
     # ------------------------------------------------------------------ opening and closing
@@ -250,7 +255,6 @@ class PrefixGroup:
         self.metrics = PrefixMetrics()
         self.records: list[Record] | None = [] if self.train and step._verifies() else None
         self._failed = False
-        self._attention: str | None = None
         self._autocast: AbstractContextManager = nullcontext()
         step.ranks.reshard()
         self._gradients = [(p, p.grad) for p in step.host.trained] if self.train else []
@@ -415,6 +419,16 @@ class PrefixGroup:
             ValueError: a response is empty or has a token outside the vocabulary, a window of the
                 model is shorter than prompt and response; on the first group, see `SharedPrefix`.
         """
+        waves = self._prepare(responses)
+
+        def each() -> Iterator[Wave]:
+            yield from waves
+            self._take_missing()
+
+        return each()
+
+    def _prepare(self, responses: Sequence[Tokens]) -> list[Wave]:
+        """Waves of this process; `_missing` is by how many another has more."""
         self._check_open()
         step = self.step
         vocabulary = step.host.config.vocab_size
@@ -422,18 +436,16 @@ class PrefixGroup:
         lengths = [len(response) for response in tokens]
         refuse_unsupported(step.host.inner, len(self.context) + max(lengths, default=1))
         self._decide(lengths)
-        return self._waves(tokens)
-
-    def _waves(self, tokens: list[list[int]]) -> Iterator[Wave]:
-        step = self.step
         before = 0 if self.shared else len(self.context)
-        single = bool(step.router_loss) and not self.shared
-        split = split_rows([before + len(t) for t in tokens], 1 if single else self.wave_tokens)
-        missing = step.ranks.most(len(split)) - len(split)
-        for rows in split:
-            yield wave_of(rows, tokens, self.device)
-        for _ in range(missing):
-            step.ranks.take_part()
+        most = 1 if step.router_loss and not self.shared else self.wave_tokens
+        rows = split_rows([before + n for n in lengths], most)
+        self._missing = step.ranks.most(len(rows)) - len(rows)
+        return [wave_of(some, tokens, self.device) for some in rows]
+
+    def _take_missing(self) -> None:
+        """This process's part in the waves that others have beyond its own."""
+        for _ in range(self._missing):
+            self.step.ranks.take_part()
 
     def _decide(self, lengths: list[int]) -> None:
         step, metrics = self.step, self.root.metrics
@@ -479,9 +491,13 @@ class PrefixGroup:
             raise RuntimeError(
                 "group: it was opened under torch.no_grad(), but gradients are on now"
             )
-        responses = [row[keep].tolist() for row, keep in zip(wave.tokens, wave.mask, strict=True)]
+        responses = wave.responses
         with self.root.metrics.timed("waves", self.device):
-            result = self._wave_pass(responses) if self.shared else self._dense_pass(responses)
+            result = (
+                self._wave_pass(responses)
+                if self.shared
+                else self.step.host.dense(self.context, responses)
+            )
         out = WaveOutput(*padded_rows(result.stats, wave.mask), self._router_loss(result.router))
         if torch.is_grad_enabled():
             watched = [*out.stats, out.router_loss]
@@ -500,9 +516,6 @@ class PrefixGroup:
         packing = Packing([len(response) for response in responses], self.device)
         phase = Phase(self._path(), packing, longest=start + 1 + max(packing.lengths))
         return self.step.host.forward(ids, positions, phase, labels)
-
-    def _dense_pass(self, responses: list[list[int]]) -> ForwardResult:
-        return self.step.host.dense(self.context, responses)
 
     def _router_loss(self, sums: RouterSums | None) -> Tensor | None:
         if sums is None:
@@ -564,31 +577,36 @@ class PrefixGroup:
         joint: bool,
         by: Callable[[Tensor], object],
     ) -> float:
-        waves = list(self.waves(responses))
-        if not joint or len(waves) < 2:
-            total = 0.0
+        total: Tensor | float = 0.0
+        waves = self._prepare(responses)
+        if not joint or len(waves) + self._missing < 2:
             for wave in waves:
                 value = loss(self.forward(wave), wave)
                 self.backward(value, by=by)
-                total += float(value.detach())
-            return total
-        whole = wave_of(range(len(responses)), response_tokens(responses), self.device)
+                total = total + value.detach()
+            self._take_missing()
+            return float(total)
         with torch.no_grad():
-            found = joined([self.forward(wave) for wave in waves], waves, whole)
-        stats = TokenStats(*(_leaf(x, True) for x in found.stats))
-        router = _leaf(found.router_loss, True)
-        upstream = Upstream([*stats, router])
-        value = loss(WaveOutput(stats.logp, stats, router), whole)
-        by(value)
+            outs = [self.forward(wave) for wave in waves]
+            self._take_missing()
+        grads: list[Tensor | None] = []
+        if waves:
+            whole = wave_of(range(len(responses)), response_tokens(responses), self.device)
+            found = joined(outs, waves, whole)
+            leaves = [_leaf(x, True) for x in (*found.stats, found.router_loss)]
+            upstream = Upstream(leaves)
+            stats = TokenStats(*leaves[:-1])
+            value = loss(WaveOutput(stats.logp, stats, leaves[-1]), whole)
+            by(value)
+            total = total + value.detach()
+            grads = upstream.grads
         for wave in waves:
             out = self.forward(wave)
-            width = wave.mask.shape[1]
-            grads = [g if g is None else g[wave.rows] for g in upstream.grads]
-            grads = [g if g is None or g.ndim < 2 else g[:, :width] for g in grads]
-            parts = [0.0 * out.logp.sum(), *_products([*out.stats, out.router_loss], grads)]
-            with self.root.metrics.timed("waves", self.device):
-                sum(parts).backward()
-        return float(value.detach())
+            own = [_of_rows(g, wave) for g in grads]
+            parts = [0.0 * out.logp.sum(), *_products([*out.stats, out.router_loss], own)]
+            self.backward(sum(parts))
+        self._take_missing()
+        return float(total)
 
     def statistics(self, responses: Sequence[Tokens]) -> WaveOutput:
         """Of all responses, without a graph: old or reference log-probabilities.
@@ -603,9 +621,11 @@ class PrefixGroup:
             return self._split_if_needed(responses, lambda: self._statistics(responses))
 
     def _statistics(self, responses: Sequence[Tokens]) -> WaveOutput:
-        waves = list(self.waves(responses))
+        waves = self._prepare(responses)
         whole = wave_of(range(len(responses)), response_tokens(responses), self.device)
-        return joined([self.forward(wave) for wave in waves], waves, whole)
+        outs = [self.forward(wave) for wave in waves]
+        self._take_missing()
+        return joined(outs, waves, whole)
 
     def _split_if_needed(self, responses: Sequence[Tokens], run: Callable[[], Any]) -> Any:
         """`run`, again from the prefix on with smaller waves while memory runs out."""
@@ -638,6 +658,14 @@ def _leaf(x: Tensor | None, train: bool) -> Tensor | None:
     if x is None:
         return None
     return x.detach().requires_grad_(train and x.is_floating_point())
+
+
+def _of_rows(grad: Tensor | None, wave: Wave) -> Tensor | None:
+    """A wave's part of [G, T] or [G] gradients."""
+    if grad is None:
+        return None
+    own = grad[wave.rows]
+    return own if own.ndim < 2 else own[:, : wave.mask.shape[1]]
 
 
 def _products(tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor]:

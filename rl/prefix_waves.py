@@ -23,11 +23,13 @@ class Wave(NamedTuple):
         rows: [b] int64 on CPU, which responses of the group.
         tokens: [b, T] int64, right-padded with 0.
         mask: [b, T] bool, True at response tokens.
+        responses: the same tokens as lists, on the host.
     """
 
     rows: Tensor
     tokens: Tensor
     mask: Tensor
+    responses: list[list[int]]
 
 
 class WaveOutput(NamedTuple):
@@ -61,11 +63,12 @@ def split_rows(costs: Sequence[int], most: int) -> list[list[int]]:
 
 
 def wave_of(rows: Sequence[int], tokens: list[list[int]], device: torch.device) -> Wave:
-    chosen = [torch.tensor(tokens[row]) for row in rows]
+    responses = [tokens[row] for row in rows]
+    chosen = [torch.tensor(response) for response in responses]
     lengths = torch.tensor([len(x) for x in chosen])
     padded = nn.utils.rnn.pad_sequence(chosen, batch_first=True)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return Wave(torch.tensor(list(rows)), padded.to(device), mask.to(device))
+    return Wave(torch.tensor(list(rows)), padded.to(device), mask.to(device), responses)
 
 
 def padded_rows(flat: TokenStats, mask: Tensor) -> tuple[Tensor, TokenStats]:

@@ -38,14 +38,14 @@ def full_gradient(model):
     return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
 
 
-def train(step, rank):
+def train(step, rank, joint=False):
     for group in groups_of(rank):
         if group is None:
-            step.idle_group()
+            step.idle_group(joint=joint)
             continue
         prompt, responses, weights = group
         with step.group(prompt) as g:
-            g.accumulate(responses, loss_of(weights))
+            g.accumulate(responses, loss_of(weights), joint=joint)
     step.all_reduce_gradients()
 
 
@@ -71,6 +71,10 @@ def run(rank, world, folder):
             step = SharedPrefix(model, **options)
             train(step, rank)
             found["fsdp2", memory, checkpointing] = full_gradient(model)
+    for name, bound in (("joint", 0), ("joint, dense", 100)):
+        model = sharded_model()
+        train(SharedPrefix(model, wave_tokens=8, min_bound=bound), rank, joint=True)
+        found["fsdp2", name] = full_gradient(model)
     model = sharded_model()
     step = SharedPrefix(model, wave_tokens=30, min_bound=100)
     train(step, rank)

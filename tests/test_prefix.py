@@ -300,7 +300,7 @@ def test_a_tree_of_rollouts(kind, memory):
         tokens, weights, children = branch
         with step.group(tokens, parent=parent) as g:
             if parent is not None:
-                g.backward(loss_of([weights])(g.own, Wave(torch.tensor([0]), None, None)))
+                g.backward(loss_of([weights])(g.own, Wave(torch.tensor([0]), None, None, None)))
             for child in children:
                 if child[2]:
                     visit(child, g)
@@ -613,7 +613,7 @@ def test_prompts_and_responses_that_are_none():
 def test_groups_are_used_in_their_order():
     model = model_of("llama_gqa")
     step = SharedPrefix(model, min_bound=0)
-    wave = Wave(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([[True]]))
+    wave = Wave(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([[True]]), [[1]])
     with pytest.raises(RuntimeError, match=r"expected an open one .* it is new"):
         step.group([1, 2]).forward(wave)
     with step.group([1, 2]) as g:

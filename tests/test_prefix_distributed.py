@@ -9,7 +9,7 @@ from prefix_workers import groups_of, model_of, run
 MEMORY = ["keep", "recompute", "offload"]
 CASES = [("ddp", m) for m in MEMORY]
 CASES += [("fsdp2", m, checkpointing) for m in MEMORY[:2] for checkpointing in (False, True)]
-CASES += [("fsdp2", "dense"), ("fsdp2", "after an error")]
+CASES += [("fsdp2", x) for x in ("joint", "joint, dense", "dense", "after an error")]
 
 
 @pytest.fixture(scope="module")
