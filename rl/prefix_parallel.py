@@ -39,13 +39,13 @@ class Ranks:
         dist.all_reduce(total)
         return tuple(total.tolist())
 
-    def most(self, count: int) -> int:
-        """Largest of the processes' counts."""
+    def most(self, count: float) -> float:
+        """Largest of the processes' numbers."""
         if not self.sharded:
             return count
-        most = torch.tensor(count, device=self._device())
+        most = torch.tensor(count, dtype=torch.float64, device=self._device())
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+        return type(count)(most)
 
     def synchronize(self, on: bool) -> None:
         """Whether a backward pass reduces gradients."""

@@ -6,6 +6,7 @@ not called again. Norm and cosine are compared, and each token's log-probability
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -100,7 +101,8 @@ def compare_with_dense(
         metrics: of the group; its FLOPs.
 
     Returns:
-        Seconds of the dense passes per FLOP; None if the gradient is zero, which decides nothing.
+        Seconds of the dense passes per FLOP; None if the gradient decides nothing: it is zero, or
+        not finite in fp16.
 
     Raises:
         RuntimeError: they differ.
@@ -119,10 +121,14 @@ def compare_with_dense(
     finally:
         for parameter, grad in shared:
             parameter.grad = grad
-    dense2, shared2, mixed, worst = *ranks.sums(*products), max(difference, default=0.0)
-    if dense2 == 0 and shared2 == 0:
+    dense2, shared2, mixed = ranks.sums(*products)
+    worst = ranks.most(max(difference, default=0.0))
+    precision = _precision(host)
+    # fp16 overflows at a large loss scale, and a sum over responses before each of them does
+    overflow = precision == torch.float16 and not math.isfinite(dense2 + shared2)
+    if overflow or (dense2 == 0 and shared2 == 0):
         return None
-    tolerance = _TOLERANCES.get(_precision(host), _LOW_PRECISION)
+    tolerance = _TOLERANCES.get(precision, _LOW_PRECISION)
     norm = (shared2 / dense2) ** 0.5 if dense2 > 0 else float("inf")
     cosine = mixed / (dense2 * shared2) ** 0.5 if dense2 * shared2 > 0 else 0.0
     fine = abs(norm - 1) <= tolerance.norm and 1 - cosine <= tolerance.cosine

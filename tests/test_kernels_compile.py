@@ -301,20 +301,23 @@ def test_kernels_compile_without_spills(target, dtype):
             assert row["registers"] <= MAX_REGISTERS, f"{case(job)}: {row['registers']} registers"
 
 
-# bf16 on one target by default: each takes a minute
-@pytest.mark.parametrize(
-    ("target", "dtype"),
-    [
-        pytest.param(target, dtype, marks=[] if (target, dtype) == ("sm_90", "bf16") else SLOW)
-        for target in TARGETS
-        for dtype in ("bf16", "fp32")
-    ],
-)
-def test_prefix_attention_compiles_within_its_spills(target, dtype):
-    jobs = prefix_attention_jobs(TARGETS[target])
-    jobs = [job for job in jobs if dtype_of(job) == f"*{dtype}"]
+# one width on one target by default: all of them take minutes
+PREFIX_CASES = [
+    pytest.param(*case, marks=[] if case == ("sm_90", "bf16", 64) else SLOW)
+    for target in TARGETS
+    for case in [(target, "bf16", w) for w in (64, 128, 256)]
+    + [(target, "fp32", w) for w in (64, 128)]
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "width"), PREFIX_CASES)
+def test_prefix_attention_compiles_within_its_spills(target, dtype, width):
+    jobs = [
+        job
+        for job in prefix_attention_jobs(TARGETS[target])
+        if dtype_of(job) == f"*{dtype}" and job["constexprs"]["D"] == width
+    ]
     for job, row in zip(jobs, compile_all(jobs), strict=True):
-        width = job["constexprs"]["D"]
         name = f"{case(job)} width {width}"
         allowed = {64: 0, 128: 0 if target in ("sm_90", "gfx942") else 96, 256: 192}[width]
         if dtype == "fp32":  # without tensor cores
