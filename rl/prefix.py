@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..triton_kernels._rows import check_number, check_temperature
 from ..triton_kernels.prefix_attention import Packing
 from ..triton_kernels.token_stats import TokenStats
 from .prefix_checks import check_options, prompt_tokens, response_tokens
@@ -103,6 +104,9 @@ class SharedPrefix:
         router_loss: bool = False,
     ) -> None:
         check_options(prefix_memory, wave_tokens, accum_dtype, min_bound, verify, head)
+        check_temperature(temperature)
+        if prune is not None:
+            check_number(prune, "prune", 0, 1)
         self.host = TransformersHost(model, head, temperature, prune, router_loss)
         if prefix_memory == "offload" and self.host.sharded:
             raise ValueError(
@@ -192,6 +196,7 @@ class PrefixGroup:
     """One prompt, or a branch of one; made by `SharedPrefix.group`.
 
     On an error inside the `with` block, gradients are what they were before the outermost group.
+    Until the block ends, `.grad` holds this group's alone: zero gradients, clip and step outside.
 
     Args:
         step: whose group it is.
@@ -224,6 +229,8 @@ class PrefixGroup:
             raise RuntimeError(
                 "group: another group is open; nest with group(.., parent=the last opened)"
             )
+        if parent is not None and parent.train and not torch.is_grad_enabled():
+            raise RuntimeError("group: a branch under torch.no_grad() of a group that trains")
         if parent is not None and step.host.sharded:
             raise ValueError("parent: branches are not supported under FSDP2")
         context = [] if parent is None else parent.context
@@ -397,15 +404,20 @@ class PrefixGroup:
             result, phase = found
             if result.stats is None and result.router is None and self.step.host.plain:
                 phase.backward_from_last()
+                self.store.check_arrived()
                 return
-            parts = [] if result.root is None else [result.root]
-            if result.stats is not None:
-                parts += [0.0 * result.stats.logp.sum()]
-                parts += _products(result.stats, self._own_stats.grads)
-            if result.router is not None:
-                parts += _products([result.router.probabilities], self._own_router.grads)
-            # one scalar root: FSDP2 and reentrant checkpointing break with several
-            sum(parts).backward()
+            with torch.enable_grad():
+                parts = [] if result.root is None else [result.root]
+                if result.stats is not None:
+                    parts += [0.0 * result.stats.logp.sum()]
+                    parts += _products(result.stats, self._own_stats.grads)
+                if result.router is not None:
+                    parts += _products([result.router.probabilities], self._own_router.grads)
+                # one scalar root: FSDP2 and reentrant checkpointing break with several
+                total = sum(parts)
+            if total.requires_grad:  # of a frozen model, nothing below the head may be trained
+                total.backward()
+            self.store.check_arrived()
 
     # ------------------------------------------------------------------ phase B
 
@@ -427,7 +439,7 @@ class PrefixGroup:
 
         return each()
 
-    def _prepare(self, responses: Sequence[Tokens]) -> list[Wave]:
+    def _prepare(self, responses: Sequence[Tokens], joint: bool = False) -> list[Wave]:
         """Waves of this process; `_missing` is by how many another has more."""
         self._check_open()
         step = self.step
@@ -435,7 +447,7 @@ class PrefixGroup:
         tokens = response_tokens(responses, vocabulary, empty=step.host.sharded)
         lengths = [len(response) for response in tokens]
         refuse_unsupported(step.host.inner, len(self.context) + max(lengths, default=1))
-        self._decide(lengths)
+        self._decide(lengths, joint)
         before = 0 if self.shared else len(self.context)
         most = 1 if step.router_loss and not self.shared else self.wave_tokens
         rows = split_rows([before + n for n in lengths], most)
@@ -447,10 +459,13 @@ class PrefixGroup:
         for _ in range(self._missing):
             self.step.ranks.take_part()
 
-    def _decide(self, lengths: list[int]) -> None:
+    def _decide(self, lengths: list[int], joint: bool) -> None:
         step, metrics = self.step, self.root.metrics
         prefix = len(self.context) - 1
-        dense, waves = step.cost.group(prefix, lengths, self.train)
+        train = self.train and torch.is_grad_enabled()
+        dense, waves = step.cost.group(prefix, lengths, train)
+        if joint and len(split_rows(lengths, self.wave_tokens)) > 1:
+            waves *= 4 / 3  # each runs forward once more
         once = 0.0 if self._computed else self._prefix_flops()
         dense, shared = step.ranks.sums(dense, waves + once)
         if self.shared is not True:
@@ -459,7 +474,8 @@ class PrefixGroup:
                 self._share()
             else:
                 self.shared = False
-                step._say_dense(bound, prefix, lengths)
+                if self.ids:
+                    step._say_dense(bound, prefix, lengths)
         metrics.add_waves(
             dense=dense,
             shared=waves if self.shared else waves + once,
@@ -527,7 +543,9 @@ class PrefixGroup:
         """Backward of one wave's loss, whose graph is freed.
 
         Args:
-            loss: scalar; the group's loss is the sum over waves, so its normalisers are global.
+            loss: scalar; the group's loss is the sum over waves, so its normalisers are global. It
+                depends on the model through the wave's output alone: a weight penalty, say, goes
+                backward outside of the group.
             by: what goes backward: Lightning's `manual_backward`, Accelerate's `backward`.
 
         Raises:
@@ -560,7 +578,8 @@ class PrefixGroup:
             joint: the loss needs every response of the group (a baseline over the group, say): if
                 they are more than one wave, all are computed first without gradients, the loss is
                 taken of the results, and the waves go backward with its gradients. It is called
-                with tensors that have no graph but their own.
+                with tensors that have no graph but their own. Each wave then runs forward twice,
+                which the gate counts.
             by: as in `backward`.
 
         Returns:
@@ -578,7 +597,7 @@ class PrefixGroup:
         by: Callable[[Tensor], object],
     ) -> float:
         total: Tensor | float = 0.0
-        waves = self._prepare(responses)
+        waves = self._prepare(responses, joint)
         if not joint or len(waves) + self._missing < 2:
             for wave in waves:
                 value = loss(self.forward(wave), wave)

@@ -46,7 +46,7 @@ def prompt_tokens(
         attention_mask: of the same shape, all ones.
         vocabulary: ids are in [0, vocabulary).
     """
-    ids = torch.as_tensor(prompt_ids)
+    ids = _tensor(prompt_ids, "prompt_ids")
     if attention_mask is not None:
         mask = torch.as_tensor(attention_mask)
         if mask.shape != ids.shape:
@@ -84,12 +84,24 @@ def response_tokens(
         vocabulary: ids are in [0, vocabulary); None: they were checked before.
         empty: whether there may be no response.
     """
+    if isinstance(responses, Tensor) and responses.ndim > 1:
+        raise ValueError(
+            f"responses: expected a list of unpadded ones, got a tensor {tuple(responses.shape)}; "
+            "take [row[mask] for row, mask in zip(tokens, masks)]"
+        )
     if not len(responses) and not empty:
         raise ValueError("responses: expected at least one, got none")
     return [
-        _ids(torch.as_tensor(response), f"responses[{i}]", vocabulary)
+        _ids(_tensor(response, f"responses[{i}]"), f"responses[{i}]", vocabulary)
         for i, response in enumerate(responses)
     ]
+
+
+def _tensor(ids: Sequence[int] | Tensor, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected token ids, {error}") from error
 
 
 def _ids(ids: Tensor, name: str, vocabulary: int | None) -> list[int]:

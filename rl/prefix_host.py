@@ -26,6 +26,8 @@ from .responses import dense_rows, hidden_at, logits_at
 from .sharding import is_sharded
 
 _KEYWORD = "trimtab_phase"
+# four dimensions: a model takes it as it is and makes no [N, N] mask; the phases do not read it
+_NO_MASK = (1, 1, 1, 1)
 
 
 def _with_phases(attention: Callable) -> Callable:
@@ -33,7 +35,7 @@ def _with_phases(attention: Callable) -> Callable:
         phase = kwargs.pop(_KEYWORD, None)
         if phase is None:
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
-        _refuse_call(module, query, key, value, kwargs, phase)
+        _refuse_call(module, query, key, value, attention_mask, kwargs, phase)
         rows = (x[0].transpose(0, 1) for x in (query, key, value))
         return phase.attend(id(module), *rows, kwargs.get("scaling"))[None], None
 
@@ -42,9 +44,17 @@ def _with_phases(attention: Callable) -> Callable:
 
 
 def _refuse_call(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict, phase: Phase
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict,
+    phase: Phase,
 ) -> None:
     name = type(module).__name__
+    if mask is not None and mask.shape != _NO_MASK:
+        raise ValueError(f"model: {name} makes an attention mask of its own, refused")
     for argument in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(argument) is not None:
             raise ValueError(f"model: {name} computes attention with {argument}, refused")
@@ -115,10 +125,6 @@ class TransformersHost:
         self.head, self.temperature, self.prune = head, temperature, prune
         top_k = getattr(self.config, "num_experts_per_tok", None)
         self.recorder = RouterRecorder(inner, top_k) if router_loss else None
-        for name in ("sdpa", inner.config._attn_implementation):
-            entry = ALL_ATTENTION_FUNCTIONS.get(name)
-            if entry is not None and not getattr(entry, "has_phases", False):
-                AttentionInterface.register(name, _with_phases(entry))
 
     @property
     def sharded(self) -> bool:
@@ -142,6 +148,10 @@ class TransformersHost:
         Eager attention is a function of each model's own and has no entry in the registry.
         """
         before = self.inner.config._attn_implementation
+        for name in ("sdpa", before):
+            entry = ALL_ATTENTION_FUNCTIONS.get(name)
+            if entry is not None and not getattr(entry, "has_phases", False):
+                AttentionInterface.register(name, _with_phases(entry))
         if before == "eager":
             self.config._attn_implementation = "sdpa"
         return before
@@ -151,11 +161,15 @@ class TransformersHost:
 
     @property
     def plain(self) -> bool:
-        """Whether autograd sees every layer as it is: neither sharded nor checkpointed."""
+        """Whether the last layer's keys and values depend on all others, as autograd sees it.
+
+        Not in a model that is sharded or checkpointed, or whose last layers read others' keys.
+        """
         checkpointed = any(
             getattr(m, "gradient_checkpointing", False) and m.training for m in self.inner.modules()
         )
-        return not (self.sharded or checkpointed)
+        reused = getattr(self.config, "num_kv_shared_layers", 0)
+        return not (self.sharded or checkpointed or reused)
 
     def check_layers(self, found: int) -> None:
         """Raises if not every layer's attention went through the phases."""
@@ -185,11 +199,11 @@ class TransformersHost:
         inputs = {
             "input_ids": torch.tensor([ids], device=device),
             "position_ids": torch.tensor([positions], device=device),
-            # four dimensions: taken as it is, no [N, N] mask is made; the phase does not read it
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+            "attention_mask": torch.ones(_NO_MASK, dtype=torch.bool, device=device),
             _KEYWORD: phase,
         }
-        with self.recorder.recording() if self.recorder else nullcontext() as logits:
+        recording = self.recorder.recording() if self.recorder else nullcontext()
+        with phase.first_run(), recording as logits:
             if labels is None:
                 stats, root = None, self._without_head(inputs)
             else:

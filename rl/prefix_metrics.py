@@ -44,7 +44,12 @@ class ForwardCost(NamedTuple):
             if parameter.ndim > 1 and id(parameter) not in tables
         )
         heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        try:
+            width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        except Exception as error:  # a configuration whose layers differ says so in its own way
+            raise ValueError(
+                f"model: layers of different head widths, refused ({error})"
+            ) from error
         pair = 4 * heads * width * config.num_hidden_layers
         return cls(float(token), float(pair), 2.0 * head.weight.numel())
 
@@ -111,7 +116,7 @@ class PrefixMetrics:
     def add_waves(
         self, *, dense: float, shared: float, logical: int, unique: int, is_shared: bool
     ) -> None:
-        """Responses: FLOPs and tokens with a prompt each, and with a prompt for all."""
+        """One pass over responses: FLOPs and tokens with a prompt each, and with one for all."""
         self.dense_flops += dense
         self.shared_flops += shared
         self.logical_tokens += logical
@@ -138,7 +143,8 @@ class PrefixMetrics:
             prefix/bound: FLOPs with a prompt each over those with one prompt for all.
             prefix/shared: share of the groups that ran with one prompt.
             prefix/logical_tokens, unique_tokens, saved_tokens: tokens of all trajectories, tokens
-                computed (once, even if forward ran twice), and the difference.
+                computed (once, even if forward ran twice), and the difference; each `waves`,
+                `accumulate` or `statistics` of a group counts its responses.
             prefix/hot_bytes: most bytes of keys, values and their gradients.
             prefix/seconds_*: of the phases A, B and C.
             prefix/speedup: dense seconds over seconds, the former as `verify` measured a FLOP of

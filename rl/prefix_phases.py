@@ -7,7 +7,8 @@ Shapes: N packed tokens, Hq query heads, Hk key heads, D head width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class PrefixStore:
     def __init__(self, accumulator: torch.dtype | None) -> None:
         self.accumulator = accumulator
         self.segments: dict[int, PrefixSegment] = {}
+        self.expected: set[tuple[int, str]] = set()
+        self.arrived: set[tuple[int, str]] = set()
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keeps [P, Hk, D] keys and values; a layer that runs again (checkpointing) adds none."""
@@ -52,8 +55,23 @@ class PrefixStore:
             nothing = segment.key.new_empty(0)
             self.segments[layer] = segment._replace(key=nothing, value=nothing)
 
+    def check_arrived(self) -> None:
+        """Raises if backward did not come by some keys or values whose gradients wait here.
+
+        Raises:
+            RuntimeError: so many.
+        """
+        missing = self.expected - self.arrived
+        if missing:
+            raise RuntimeError(
+                f"phase C did not reach the keys or values of {len({m[0] for m in missing})} "
+                "layers, so the prefix's gradient would be wrong; the model is refused"
+            )
+
     def clear(self) -> None:
         self.segments.clear()
+        self.expected.clear()
+        self.arrived.clear()
 
 
 class Phase:
@@ -79,6 +97,19 @@ class Phase:
     ) -> None:
         self.path, self.packing, self.own, self.longest = tuple(path), packing, own, longest
         self.last: tuple[int, Tensor, Tensor] | None = None
+        self._seen: set[int] | None = None
+
+    @contextmanager
+    def first_run(self) -> Iterator[None]:
+        """While the model runs forward, before any replay: each layer attends once, or it raises.
+
+        A layer that attends twice would find the keys of its first call.
+        """
+        self._seen = set()
+        try:
+            yield
+        finally:
+            self._seen = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
@@ -88,10 +119,17 @@ class Phase:
         Args:
             layer: any number that is the layer's own within the model.
         """
+        if self._seen is not None:
+            if layer in self._seen:
+                raise ValueError("model: a layer calls attention twice in a pass, refused")
+            self._seen.add(layer)
         if self.own is not None:
             self.own.add(layer, _as_attention_sees(key), _as_attention_sees(value))
             if torch.is_grad_enabled() and self.own.accumulator is not None:
                 self.last = layer, key, value
+                for name, x in (("grad_key", key), ("grad_value", value)):
+                    if x.requires_grad:
+                        self.own.expected.add((layer, name))
                 key = _AddGradient.apply(key, self.own, layer, "grad_key")
                 value = _AddGradient.apply(value, self.own, layer, "grad_value")
         query, key, value = (_as_attention_sees(x) for x in (query, key, value))
@@ -104,10 +142,16 @@ class Phase:
         What the last layer does after them is left out. Not with FSDP2 ("setStorage out of
         bounds") or checkpointing.
         """
-        layer, *tensors = self.last
+        layer, key, value = self.last
         segment = self.own.segments[layer]
-        grads = (segment.grad_key, segment.grad_value)
-        torch.autograd.backward(tensors, [g.to(x.dtype) for g, x in zip(grads, tensors)])
+        pairs = [
+            (x, getattr(segment, name).to(x.dtype))
+            for name, x in (("grad_key", key), ("grad_value", value))
+            if x.requires_grad  # nothing below may be trained
+        ]
+        self.own.arrived |= {(layer, "grad_key"), (layer, "grad_value")}
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
 
 
 class _AddGradient(torch.autograd.Function):
@@ -121,6 +165,7 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        ctx.store.arrived.add((ctx.layer, ctx.name))
         added = getattr(ctx.store.segments[ctx.layer], ctx.name)
         return (grad.to(added.dtype) + added).to(grad.dtype), None, None, None
 

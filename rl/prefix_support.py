@@ -20,7 +20,8 @@ def refuse_unsupported(model: PreTrainedModel, longest: int | None = None) -> No
 
     Raises:
         ValueError: attention outside transformers' registry (ALiBi among others), rotary embeddings
-            that depend on the current length, layers without softmax attention, a sliding window
+            that depend on the current length, positions that do not start at 0, layers without
+            softmax attention, a sliding window
             shorter than `longest`, dropout in training mode, or experts whose choice depends on
             the other tokens (capacity, expert choice, jitter); the message names which.
     """
@@ -35,6 +36,14 @@ def refuse_unsupported(model: PreTrainedModel, longest: int | None = None) -> No
         if kind in _LENGTH_DEPENDENT_ROPE:
             raise ValueError(f"model: rope type {kind!r} depends on the current length, refused")
     _refuse_layers(config, longest)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin: positions are counted from padding_idx + 1, in the model
+        table = isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+        if table and module.padding_idx is not None:
+            raise ValueError(
+                f"model: positions of {name} start at {module.padding_idx + 1} (padding_idx), "
+                "refused"
+            )
     if model.training:
         _refuse_dropout(model, config)
     _refuse_experts(model, config)

@@ -15,12 +15,17 @@ from prefix_cases import (
 from tiny_models import KINDS, VOCAB, causal_lm, keep_norm_dtype
 from transformers import (
     AutoModelForCausalLM,
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GemmaConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
     MistralConfig,
     Qwen3MoeConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -46,6 +51,16 @@ _OTHERS = {
     "gemma": lambda: GemmaConfig(**_SMALL),
     "gemma3": lambda: Gemma3TextConfig(
         **_SMALL, layer_types=["sliding_attention", "full_attention"], sliding_window=26
+    ),
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **_SMALL | {"num_hidden_layers": 4, "intermediate_size": [40] * 4},
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=512,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        activation_sparsity_pattern=None,
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_SMALL, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
@@ -113,9 +128,9 @@ def test_other_architectures(kind, memory):
     step = SharedPrefix(model, prefix_memory=memory, wave_tokens=8, min_bound=0)
     found, grad = shared_gradient(step, prompt, responses, weights)
     # Gemma's norms compute in fp32 whatever comes in
-    assert found == pytest.approx(total, abs={"gemma": 1e-4, "gemma3": 1e-4}.get(kind, 1e-7))
+    assert found == pytest.approx(total, abs=1e-4 if "gemma" in kind else 1e-7)
     # .. and so does a router's softmax
-    bound = {"gemma": 2e-6, "gemma3": 2e-6, "qwen3_moe": 1e-7}.get(kind, 1e-12)
+    bound = {"gemma": 2e-6, "gemma3": 2e-6, "gemma3n": 5e-6, "qwen3_moe": 1e-7}.get(kind, 1e-12)
     assert relative_l2(grad, truth) < bound
 
 
@@ -265,6 +280,34 @@ def test_adapter_of_peft():
     _, truth = dense_gradient(model, prompt, responses, weights)
     for memory in MEMORY:
         step = SharedPrefix(model, prefix_memory=memory, min_bound=0)
+        _, grad = shared_gradient(step, prompt, responses, weights)
+        assert relative_l2(grad, truth) < 1e-12
+
+
+TRAINED = {
+    "head": "lm_head",
+    "final norm": "model.norm",
+    "last q": "layers.1.self_attn.q_proj",
+    "last v": "layers.1.self_attn.v_proj",
+    "last mlp": "layers.1.mlp",
+    "first k": "layers.0.self_attn.k_proj",
+    "all but embeddings": "layers",
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("part", TRAINED)
+def test_partly_frozen_models(part, checkpointing):
+    model = model_of("llama")
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(TRAINED[part] in name)
+    prompt, responses, weights = group_of_responses()
+    _, truth = dense_gradient(model, prompt, responses, weights)
+    for memory in MEMORY:
+        step = SharedPrefix(model, prefix_memory=memory, min_bound=0, verify="always")
         _, grad = shared_gradient(step, prompt, responses, weights)
         assert relative_l2(grad, truth) < 1e-12
 
@@ -477,6 +520,35 @@ def test_verification_runs_once_and_waits_for_a_gradient(monkeypatch):
         assert len(calls) == expected
 
 
+def test_a_loss_that_is_not_finite_is_for_the_loop_to_skip():
+    model = model_of("llama_gqa")
+    step = SharedPrefix(model, min_bound=0)
+    with step.group([1, 2, 3, 4]) as g:
+        g.accumulate([[5], [6]], lambda out, _: out.logp.sum() * float("nan"))
+    assert gradient(model).isnan().any() and not step._verified
+
+
+def test_a_loss_with_a_term_beside_the_output_is_named():
+    model = model_of("llama_gqa")
+    step = SharedPrefix(model, min_bound=0)
+    with pytest.raises(RuntimeError, match="a term beside the waves' output"):
+        with step.group([1, 2, 3, 4]) as g:
+            penalty = model.lm_head.weight.square().sum()
+            g.accumulate([[5], [6]], lambda out, _: out.logp.sum() + penalty)
+
+
+def test_the_gate_counts_the_second_pass_of_a_joint_loss():
+    model = model_of("llama_gqa")
+    prompt, responses, weights = group_of_responses()
+    shared = []
+    for joint in (False, True):
+        step = SharedPrefix(model, wave_tokens=8, min_bound=1.9, verify="never")
+        with step.group(prompt) as g:
+            g.accumulate(responses, loss_of(weights), joint=joint)
+            shared.append(g.shared)
+    assert shared == [True, False]
+
+
 # ---------------------------------------------------------------------- errors
 
 
@@ -599,6 +671,8 @@ def test_prompts_and_responses_that_are_none():
             step.group(bad, **options)
     assert step.group(prompt[:2]).tokens == [1, 2, 3, 4]
     for responses, reason in [
+        (torch.tensor([[1, 2], [3, 0]]), r"responses: expected a list of unpadded ones"),
+        (["ab"], r"responses\[0\]: expected token ids"),
         ([[1], []], r"responses\[1\]: expected at least one token id"),
         ([], r"responses: expected at least one, got none"),
         ([[1, -1]], rf"responses\[0\]: expected ids in \[0, {VOCAB}\), got -1"),
@@ -625,6 +699,9 @@ def test_groups_are_used_in_their_order():
             g.waves([[1]])
         with pytest.raises(RuntimeError, match="entered before"), branch:
             pass
+        with pytest.raises(RuntimeError, match=r"a branch under torch.no_grad"):
+            with torch.no_grad(), step.group([3], parent=g):
+                pass
     with pytest.raises(RuntimeError, match=r"opened under torch.no_grad"):
         with torch.no_grad(), step.group([1, 2, 3]) as g:
             (wave,) = g.waves([[4]])
@@ -641,6 +718,8 @@ def test_options_that_are_none():
         ({"accum_dtype": torch.bfloat16}, "accum_dtype: expected torch.float32 or torch.float64"),
         ({"min_bound": -1}, "min_bound: expected a number >= 0"),
         ({"verify": "last"}, "verify: expected first or never or always"),
+        ({"temperature": 0.0}, "temperature: expected a finite number"),
+        ({"prune": 2.0}, "prune: expected a finite number"),
         ({"head": "big"}, "head: expected logits or fused"),
         ({"router_loss": True}, "router_loss: .* has no routers"),
     ]:
@@ -729,6 +808,48 @@ def test_a_layer_that_does_not_attend_is_refused():
             g.waves([[4], [5]])
 
 
+def test_a_layer_that_attends_twice_is_refused():
+    sizes = {k: v for k, v in _SMALL.items() if k != "head_dim"}
+    model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes)).eval()
+    with pytest.raises(ValueError, match="a layer calls attention twice"):
+        with SharedPrefix(model, min_bound=0).group([1, 2, 3]) as g:
+            g.waves([[4], [5]])
+
+
+def test_a_mask_of_the_models_own_is_refused():
+    class Masking(type(model_of("llama").model.layers[0].self_attn)):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            n = hidden_states.shape[1]
+            own = torch.zeros(1, 1, n, n, dtype=hidden_states.dtype)
+            return super().forward(hidden_states, attention_mask=own, **kwargs)
+
+    model = model_of("llama")
+    model.model.layers[1].self_attn.__class__ = Masking
+    with pytest.raises(ValueError, match="Masking makes an attention mask of its own"):
+        with SharedPrefix(model, min_bound=0).group([1, 2, 3]) as g:
+            g.waves([[4], [5]])
+
+
+def test_positions_that_do_not_start_at_zero_are_refused():
+    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config = RobertaConfig(**sizes, num_attention_heads=4, is_decoder=True, pad_token_id=1)
+    with pytest.raises(ValueError, match=r"positions of .*position_embeddings start at 2"):
+        SharedPrefix(RobertaForCausalLM(config).eval())
+
+
+def test_layers_that_read_the_keys_of_others():
+    model = model_of("gemma3n", torch.float32)
+    prompt, responses, weights = group_of_responses()
+    _, truth = dense_gradient(model, prompt, responses, weights)
+    for memory in MEMORY:
+        step = SharedPrefix(model, prefix_memory=memory, min_bound=0, verify="always")
+        _, grad = shared_gradient(step, prompt, responses, weights)
+        assert relative_l2(grad, truth) < 1e-5
+    model.config.num_kv_shared_layers = 0  # a model that does not say so
+    with pytest.raises(RuntimeError, match="phase C did not reach the keys or values of"):
+        shared_gradient(SharedPrefix(model, min_bound=0), prompt, responses, weights)
+
+
 def test_wrappers_that_the_phases_would_break_are_refused():
     model = model_of("llama", torch.float32)
     with pytest.raises(ValueError, match=r"torch.compile of the whole model"):
@@ -778,7 +899,7 @@ def test_offload_moves_each_tensor_once_and_leaves_parameters():
     expected = torch.autograd.grad(
         ((x * 2).exp().square() + (x * 2).exp().sin() + (x * 2).exp() @ weight).sum(), x
     )
-    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(x.grad, expected[0], atol=1e-4, rtol=1e-4)
 
 
 # Edits that must turn this file red:
