@@ -277,6 +277,7 @@ class MegatronSharedPrefix:
                         store.drop_keys()
                         with timed("prefix_backward"):
                             self._schedule([prefix], _no_loss, True)
+                        store.check_arrived()
                     return found
         finally:
             store.clear()
