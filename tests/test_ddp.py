@@ -18,9 +18,10 @@ SHARDED = [
 ]
 
 
-@pytest.fixture(
-    scope="module", params=[("digits_written", "adam_mini"), ("lost_on_the_second_rank", "adamw")]
-)
+RUNS = [("digits_written", "adam_mini"), ("lost_on_the_second_rank", "adamw")]
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def folder(tmp_path_factory, request):
     """The same run with one process and with two of each kind; fp32 rollouts, no clipping.
 
@@ -44,15 +45,14 @@ def folder(tmp_path_factory, request):
     run(["--config", recipe, "--run_dir", "one"], folder)
     run(["--config", recipe, "--run_dir", "ddp", *TWO, "ddp"], folder)
     run(["--config", recipe, "--run_dir", "fsdp2", *SHARDED], folder)
-    fused = ["--update.head", "fused"]
-    run(["--config", recipe, "--run_dir", "ddp-fused", *TWO, "ddp", *fused], folder)
     phases = ["--update.route", "three_phase", "--update.prefix.min_bound", "0"]
-    run(["--config", recipe, "--run_dir", "ddp-phases", *TWO, "ddp", *phases], folder)
+    fused = [*phases, "--update.head", "fused"]
+    run(["--config", recipe, "--run_dir", "ddp-phases-fused", *TWO, "ddp", *fused], folder)
     run(["--config", recipe, "--run_dir", "fsdp2-phases", *SHARDED, *phases], folder)
     return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-fused", "ddp-phases", "fsdp2-phases"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-phases-fused", "fsdp2-phases"])
 @pytest.mark.parametrize("update", range(UPDATES))
 def test_gradients_equal_those_of_one_process(folder, update, strategy):
     one, two = (gradients_of(folder / name, update) for name in ("one", strategy))
@@ -82,6 +82,7 @@ def test_exact_metrics_are_those_of_one_process(folder, strategy):
             assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-7), name
 
 
+@pytest.mark.parametrize("folder", RUNS[:1], indirect=True)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_resume_to_the_same_weights(folder, strategy):
     arguments = [*TWO, "ddp"] if strategy == "ddp" else SHARDED
