@@ -73,7 +73,9 @@ class Ranks:
             if isinstance(module, FSDPModule):
                 group = module._get_fsdp_state()._fsdp_param_group
                 for parameter in group.fsdp_params if group else ():
-                    parameter.unsharded_accumulated_grad = None
+                    kind = getattr(type(parameter), "unsharded_accumulated_grad", None)
+                    if not isinstance(kind, property):  # torch < 2.15 keeps it beside .grad
+                        parameter.unsharded_accumulated_grad = None
                     if hasattr(parameter, "_unsharded_param"):
                         parameter._unsharded_param.grad = None
 

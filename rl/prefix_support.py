@@ -55,7 +55,7 @@ def _refuse_layers(config: PreTrainedConfig, longest: int | None) -> None:
     if not getattr(config, "use_sliding_window", True):
         window = None
     narrow = window is not None and (longest is None or window < longest)
-    allowed = {"full_attention"} | (set() if narrow else _WINDOWED)
+    allowed = {"full_attention"} | (set() if narrow or longest is None else _WINDOWED)
     if layers - allowed:
         raise ValueError(
             f"model: expected full attention in every layer, got {sorted(layers)}"
