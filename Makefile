@@ -25,7 +25,8 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV) .cache build *.egg-info
 
-# torch goes first and pinned: a looser requirement would pull gigabytes of CUDA packages.
+# torch goes first and pinned: a looser requirement would pull gigabytes of CUDA packages. It is named
+# again with the rest, or the newest torchvision (of curvlinops) would replace it.
 $(READY): pyproject.toml Makefile
 	@echo "==> setting up $(VENV) (once; a few minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -34,5 +35,5 @@ $(READY): pyproject.toml Makefile
 	@echo "==> installing $(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@echo "==> installing trimtab with its rl and test extras"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[rl,test]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[rl,test]"
 	@touch $@
