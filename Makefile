@@ -26,7 +26,7 @@ clean:
 	rm -rf $(VENV) .cache build *.egg-info
 
 # torch goes first and pinned: a looser requirement would pull gigabytes of CUDA packages. It is named
-# again with the rest, or the newest torchvision (of curvlinops) would replace it.
+# again with the rest, so that nothing that is newer by itself replaces it.
 $(READY): pyproject.toml Makefile
 	@echo "==> setting up $(VENV) (once; a few minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \

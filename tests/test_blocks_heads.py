@@ -8,6 +8,8 @@ import torch
 from architectures import TINY, blocks_behind, inputs_for, tiny
 from torch import nn
 from transformers import AttentionInterface
+from transformers.models.codegen.modeling_codegen import CodeGenAttention
+from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from trimtab.optim.blocks import infer_blocks
 
@@ -32,7 +34,8 @@ def calls(monkeypatch):
         return mixed.expand(-1, -1, query.shape[2], -1).transpose(1, 2), None
 
     AttentionInterface.register("capture", attend)
-    for path, method, pick in (  # classes that do not ask AttentionInterface
+    # Classes that do not ask AttentionInterface; GPT-J and CodeGen do from transformers 5.24 on.
+    for path, method, pick in (
         ("bloom.modeling_bloom.BloomAttention", "_reshape", lambda _, qkv: qkv[:2]),
         ("gptj.modeling_gptj.GPTJAttention", "_attn", lambda arguments, _: arguments[:2]),
         ("codegen.modeling_codegen.CodeGenAttention", "_attn", lambda arguments, _: arguments[:2]),
@@ -53,7 +56,10 @@ def calls(monkeypatch):
 
 def watch(monkeypatch, seen, path, method, pick):
     module, _, name = path.rpartition(".")
-    owner = getattr(importlib.import_module(module), name)
+    host = importlib.import_module(module)
+    owner = getattr(host, name)
+    if not hasattr(owner, method) and hasattr(host, "ALL_ATTENTION_FUNCTIONS"):
+        return
     original = getattr(owner, method)
 
     def wrapped(self, *args, **kwargs):
@@ -67,7 +73,12 @@ def watch(monkeypatch, seen, path, method, pick):
 
 
 def captured(name):
-    own = ("GPT-J", "CodeGen", "BLOOM", "DeBERTa", "DeBERTa-V2")
+    own = {"BLOOM", "DeBERTa", "DeBERTa-V2"}
+    own |= {
+        name
+        for name, owner in (("GPT-J", GPTJAttention), ("CodeGen", CodeGenAttention))
+        if hasattr(owner, "_attn")
+    }
     model = tiny(name, None if name in own or name.startswith("Falcon") else "capture")
     for module in model.modules():
         for norm in ACROSS_HEADS.get(name, ()):

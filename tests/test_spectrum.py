@@ -528,8 +528,16 @@ def test_too_many_blocks_say_how_to_select():
 
 
 def test_curvlinops_agrees():
-    """SiLU, on which curvlinops 3.0.1 fails, is compared with dense Hessians above."""
-    curvlinops = pytest.importorskip("curvlinops")
+    """SiLU, on which curvlinops 3.0.1 fails, is compared with dense Hessians above.
+
+    Not in the test extra: it requires torchvision, whose CUDA build fails beside torch's CPU build,
+    and transformers then fails with it.
+    """
+    curvlinops = pytest.importorskip(
+        "curvlinops",
+        reason="pip install --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 "
+        "einconv linear_operator einops opt-einsum",
+    )
     model, data = mlp(nn.GELU()), [batch(), batch(seed=2)]
     loss = nn.CrossEntropyLoss()
     for name in ("0.weight", "2.weight"):
