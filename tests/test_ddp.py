@@ -1,10 +1,13 @@
 """Two gloo processes take the gradient of one, under DDP and under FSDP2."""
 
+import socket
+
 import pytest
 import torch
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tiny_run import metrics_of, run, write_recipe
-from workers import gradients_of
+from workers import cli_runs, gradients_of
 
 UPDATES = 3
 TWO = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy"]
@@ -43,13 +46,26 @@ def folder(tmp_path_factory, request):
         },
     )
     run(["--config", recipe, "--run_dir", "one"], folder)
-    run(["--config", recipe, "--run_dir", "ddp", *TWO, "ddp"], folder)
-    run(["--config", recipe, "--run_dir", "fsdp2", *SHARDED], folder)
     phases = ["--update.route", "three_phase", "--update.prefix.min_bound", "0"]
     fused = [*phases, "--update.head", "fused"]
-    run(["--config", recipe, "--run_dir", "ddp-phases-fused", *TWO, "ddp", *fused], folder)
-    run(["--config", recipe, "--run_dir", "fsdp2-phases", *SHARDED, *phases], folder)
+    runs = {
+        "ddp": [*TWO, "ddp"],
+        "fsdp2": SHARDED,
+        "ddp-phases-fused": [*TWO, "ddp", *fused],
+        "fsdp2-phases": [*SHARDED, *phases],
+    }
+    two_ranks(folder, [["--config", str(recipe), "--run_dir", n, *a] for n, a in runs.items()])
     return folder
+
+
+def two_ranks(folder, runs):
+    """Runs of two processes that exist already, as under torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        mp.spawn(cli_runs, args=(str(folder), port, runs), nprocs=2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-phases-fused", "fsdp2-phases"])
@@ -85,14 +101,18 @@ def test_exact_metrics_are_those_of_one_process(folder, strategy):
 @pytest.mark.parametrize("folder", RUNS[:1], indirect=True)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_resume_to_the_same_weights(folder, strategy):
-    arguments = [*TWO, "ddp"] if strategy == "ddp" else SHARDED
     stopped = folder / f"{strategy}-stopped"
-    recipe = ["--config", folder / "recipe.yaml"]
-    run([*recipe, "--run_dir", stopped, "--trainer.max_steps", "2", *arguments], folder)
-    elsewhere = folder / "elsewhere"  # relative paths, from another directory, for every rank
+    first = ["--config", str(folder / "recipe.yaml"), "--run_dir", str(stopped)]
+    first += ["--trainer.max_steps", "2"]
+    again = ["--config", "../recipe.yaml", "--resume", f"../{stopped.name}"]
+    elsewhere = folder / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    recipe = ["--config", "../recipe.yaml"]
-    run([*recipe, "--resume", f"../{stopped.name}", *arguments], elsewhere)
+    if strategy == "ddp":  # Lightning starts the second rank; relative paths, from elsewhere
+        run([*first, *TWO, "ddp"], folder)
+        run([*again, *TWO, "ddp"], elsewhere)
+    else:
+        two_ranks(folder, [[*first, *SHARDED]])
+        two_ranks(elsewhere, [[*again, *SHARDED]])
     assert metrics_of(stopped) == metrics_of(folder / strategy)
     whole, resumed = (
         load_file(path / "policy" / "model.safetensors") for path in (folder / strategy, stopped)

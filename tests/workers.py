@@ -152,6 +152,32 @@ def lightning_ddp(rank, folder):
 # test_ddp.py
 
 
+def cli_runs(rank, folder, port, runs):
+    """Several runs of `trimtab-rl` by the two ranks of one group, as torchrun would start them.
+
+    One after the other in one process: to import everything takes longer than a run.
+    """
+    import os
+
+    from trimtab.rl.cli import main
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",  # by it Lightning sees that the processes are there
+    )
+    for arguments in runs:
+        main(arguments)
+    dist.destroy_process_group()
+
+
 class SaveGradients(pl.Callback):
     """Saves each rank's gradient before every optimizer step, in the run's folder."""
 
