@@ -40,7 +40,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from ..rl.prefix_checks import check_options, prompt_tokens, response_tokens
-from ..rl.prefix_metrics import ForwardCost, PrefixMetrics
+from ..rl.prefix_metrics import ForwardCost, PrefixMetrics, call_cost, expected_gain
 from ..rl.prefix_phases import Phase, PrefixStore
 from ..rl.prefix_waves import (
     LossFunction,
@@ -148,8 +148,8 @@ class MegatronSharedPrefix:
             it forward again. The only choice here.
         wave_tokens: most tokens of a wave; a longer response is a wave of its own.
         accum_dtype: of the prefix's gradient buffers, or that of the keys if wider.
-        min_bound: a group whose bound on the speed-up is less runs densely: each response with its
-            own prompt, as a microbatch.
+        min_bound: a group that is expected to gain less, by its FLOPs and what calls of the model
+            cost beside them, runs densely: each response with its own prompt, as a microbatch.
         temperature: of the statistics.
         prune: rho of vocabulary pruning in the statistics, or None.
 
@@ -182,7 +182,7 @@ class MegatronSharedPrefix:
         _refuse_unsupported(self.gpt)
         self.wave_tokens, self.accum_dtype, self.min_bound = wave_tokens, accum_dtype, min_bound
         self.temperature, self.prune = temperature, prune
-        self.cost = _forward_cost(self.gpt)
+        self.cost = _forward_cost(self.gpt, self._device)
         self._said_dense = False
 
     def accumulate(
@@ -284,13 +284,18 @@ class MegatronSharedPrefix:
 
     def _decide(self, prefix: int, lengths: list[int], train: bool, metrics: PrefixMetrics) -> bool:
         """Whether to share; the same on all ranks, since it depends on the group alone."""
-        dense, waves = self.cost.group(prefix, lengths, train)
-        once = (4 if train else 1) * self.cost.layers(prefix)
-        bound = dense / (waves + once)
-        shared = prefix > 0 and bound >= self.min_bound
+        cost = self.cost
+        dense, waves = cost.group(prefix, lengths, train)
+        passes = 4 if train else 1  # of the prefix
+        once = passes * cost.layers(prefix)
+        dense_calls = cost.calls(len(lengths), train)
+        calls = cost.calls(len(split_rows(lengths, self.wave_tokens)), train) + passes * cost.call
+        gain, bound = expected_gain(dense, dense_calls, waves + once, calls)
+        shared = prefix > 0 and gain >= self.min_bound
         logical = sum(lengths) + prefix * len(lengths)
         metrics.add_waves(
             dense=dense,
+            dense_calls=dense_calls,
             shared=waves + once,
             logical=logical,
             unique=sum(lengths) if shared else logical,
@@ -299,9 +304,10 @@ class MegatronSharedPrefix:
         if not shared and not self._said_dense:
             self._said_dense = True
             logger.warning(
-                "shared prefix: sharing %d tokens among %d responses of %.0f tokens is at most "
-                "%.2f times as fast, min_bound is %.2f: such groups run densely",
-                prefix, len(lengths), sum(lengths) / len(lengths), bound, self.min_bound,
+                "shared prefix: sharing %d tokens among %d responses of %.0f tokens is expected to "
+                "be %.2f times as fast (%.2f by FLOPs alone), min_bound is %.2f: such groups run "
+                "densely",
+                prefix, len(lengths), sum(lengths) / len(lengths), gain, bound, self.min_bound,
             )  # fmt: skip
         return shared
 
@@ -521,7 +527,7 @@ def _refuse_unsupported(gpt: GPTModel) -> None:
             raise ValueError(f"model: attention mask {attention.attn_mask_type}, expected causal")
 
 
-def _forward_cost(gpt: GPTModel) -> ForwardCost:
+def _forward_cost(gpt: GPTModel, device: torch.device) -> ForwardCost:
     """FLOPs of the whole model, of which a rank may hold a part; of experts those of one token."""
     c = gpt.config
     heads, width = c.num_attention_heads, c.kv_channels
@@ -537,4 +543,5 @@ def _forward_cost(gpt: GPTModel) -> ForwardCost:
     token = c.num_layers * c.hidden_size * width * own
     token += matrices * ((c.num_layers - experts) * c.ffn_hidden_size + experts * visited)
     pair = 4 * heads * width * c.num_layers
-    return ForwardCost(2.0 * token, float(pair), 2.0 * c.hidden_size * gpt.vocab_size)
+    call = call_cost(device, c.num_layers, 2.0 * token)
+    return ForwardCost(2.0 * token, float(pair), 2.0 * c.hidden_size * gpt.vocab_size, call)

@@ -34,6 +34,8 @@ from torch.autograd.function import once_differentiable
 from trl import GRPOTrainer
 
 from ..rl.prefix import SharedPrefix, Wave, WaveOutput
+from ..rl.prefix_metrics import expected_gain
+from ..rl.prefix_waves import split_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -127,11 +129,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         step = self._step_of(model)
         batch = _Batch(step, input_ids, attention_mask, logits_to_keep, self.accelerator.autocast)
         stock, shared = batch.flops(train)
-        takes = shared > 0 and stock >= step.min_bound * shared
+        gain, bound = expected_gain(stock, batch.stock_calls(train), shared, batch.calls(train))
+        takes = shared > 0 and gain >= step.min_bound
         if train:
             self._flops += torch.tensor([stock, shared if takes else stock])
         if not takes:
-            self._say_stock(step, batch, stock / max(shared, 1.0))
+            self._say_stock(step, batch, gain, bound)
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
             )
@@ -147,13 +150,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self._steps[model] = SharedPrefix(model, temperature=self.temperature, **self._options)
         return self._steps[model]
 
-    def _say_stock(self, step: SharedPrefix, batch: _Batch, bound: float) -> None:
+    def _say_stock(self, step: SharedPrefix, batch: _Batch, gain: float, bound: float) -> None:
         if not self._said_stock:
             self._said_stock = True
             _logger.warning(
-                "sharing %d prompts among %d rows is at most %.2f times as fast, less than "
-                "min_bound %.2f: such batches run as in GRPOTrainer",
-                len(batch.groups), batch.shape[0], bound, step.min_bound,
+                "sharing %d prompts among %d rows is expected to be %.2f times as fast (%.2f by "
+                "FLOPs alone), less than min_bound %.2f: such batches run as in GRPOTrainer",
+                len(batch.groups), batch.shape[0], gain, bound, step.min_bound,
             )  # fmt: skip
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -220,9 +223,7 @@ class _Batch:
 
     def flops(self, train: bool) -> tuple[float, float]:
         """Of GRPOTrainer's path and of the groups, without padding."""
-        cost = self.step.cost
-        # of a prompt: without a graph, then phases A and C
-        passes = (5 if self.step.prefix_memory == "recompute" else 4) if train else 1
+        cost, passes = self.step.cost, self._prompt_passes(train)
         stock = shared = 0.0
         for prompt, _, completions in self.groups:
             lengths = [len(completion) for completion in completions]
@@ -230,6 +231,24 @@ class _Batch:
             stock += dense
             shared += own * (4 / 3 if train else 1) + passes * cost.layers(len(prompt) - 1)
         return stock, shared
+
+    def stock_calls(self, train: bool) -> float:
+        """What GRPOTrainer's one call costs beside its FLOPs, as FLOPs."""
+        return self.step.cost.calls(1, train)
+
+    def calls(self, train: bool) -> float:
+        """What the groups' calls cost beside their FLOPs."""
+        cost = self.step.cost
+        waves = sum(
+            len(split_rows([len(completion) for completion in completions], self.step.wave_tokens))
+            for _, _, completions in self.groups
+        )
+        prompts = len(self.groups) * self._prompt_passes(train) * cost.call
+        return cost.calls(waves, train) * (4 / 3 if train else 1) + prompts
+
+    def _prompt_passes(self, train: bool) -> int:
+        """Forward passes of a prompt: without a graph, then phases A and C."""
+        return (5 if self.step.prefix_memory == "recompute" else 4) if train else 1
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """[B, T] log-probabilities and entropies without a graph, 0 at padding."""

@@ -29,13 +29,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..triton_kernels._rows import check_number, check_temperature
 from ..triton_kernels.prefix_attention import Packing
 from ..triton_kernels.token_stats import TokenStats
 from .prefix_checks import check_options, prompt_tokens, response_tokens
 from .prefix_host import ForwardResult, TransformersHost
-from .prefix_metrics import ForwardCost, PrefixMetrics
+from .prefix_metrics import ForwardCost, PrefixMetrics, expected_gain
 from .prefix_parallel import Ranks
 from .prefix_phases import Offload, Phase, PrefixStore
 from .prefix_router import RouterSums, router_loss
@@ -70,8 +71,9 @@ class SharedPrefix:
         wave_tokens: most tokens of a wave; a longer response is a wave of its own. Default: 16384,
             on a CPU 512 (more leave its caches).
         accum_dtype: of the prefix's gradient buffers, or that of the keys if wider.
-        min_bound: a group whose bound on the speed-up is less runs densely: each response with its
-            own prompt, `wave_tokens` at a time. A group with children is always shared.
+        min_bound: a group that is expected to gain less, by its FLOPs and what calls of the model
+            cost beside them, runs densely: each response with its own prompt, `wave_tokens` at a
+            time. A group with children is always shared.
         verify: "first" computes the first group with a gradient densely as well, and raises if they
             differ; "never", "always".
         head: "fused" never stores [tokens, vocabulary] logits (not under FSDP2).
@@ -176,27 +178,35 @@ class SharedPrefix:
     def _verifies(self) -> bool:
         return self.verify == "always" or (self.verify == "first" and not self._verified)
 
-    def _check(self, records: list[Record], metrics: PrefixMetrics) -> None:
+    def _check(
+        self, records: list[Record], attended: set[torch.dtype], metrics: PrefixMetrics
+    ) -> None:
         """Computes a group densely as well; raises if it differs."""
-        rate = compare_with_dense(self.host, self.ranks, records, metrics)
-        if rate is not None:
-            self._verified, self.totals.dense_rate = True, rate
+        seconds = compare_with_dense(self.host, self.ranks, records, attended)
+        if seconds is None:
+            return
+        self._verified = True
+        calls = self.cost.calls(sum(len(record.responses) for record in records), True)
+        if calls:  # an idle group of FSDP2 has none
+            self.totals.dense_rate = seconds / (metrics.dense_flops + calls)
 
-    def _say_dense(self, bound: float, prefix: int, lengths: Sequence[int]) -> None:
+    def _say_dense(self, gain: float, bound: float, prefix: int, lengths: Sequence[int]) -> None:
         if not self._said_dense:
             self._said_dense = True
             logger.warning(
-                "shared prefix: sharing %d tokens among %d responses of %.0f tokens is at most "
-                "%.2f times as fast, less than min_bound %.2f: such groups run densely",
-                prefix, len(lengths), sum(lengths) / len(lengths), bound, self.min_bound,
+                "shared prefix: sharing %d tokens among %d responses of %.0f tokens is expected to "
+                "be %.2f times as fast (%.2f by FLOPs alone), less than min_bound %.2f: such "
+                "groups run densely",
+                prefix, len(lengths), sum(lengths) / len(lengths), gain, bound, self.min_bound,
             )  # fmt: skip
 
 
 class PrefixGroup:
     """One prompt, or a branch of one; made by `SharedPrefix.group`.
 
-    On an error inside the `with` block, gradients are what they were before the outermost group.
-    Until the block ends, `.grad` holds this group's alone: zero gradients, clip and step outside.
+    On an error inside the `with` block, gradients are what they were before the outermost group,
+    also those of other parameters that a loss has used. Until the block ends, `.grad` holds this
+    group's alone: zero gradients, clip and step outside.
 
     Args:
         step: whose group it is.
@@ -204,8 +214,8 @@ class PrefixGroup:
         parent: the group it branches from.
 
     Attributes:
-        own: of a branch, the statistics of its tokens as a `WaveOutput` of [1, T]; a loss of them
-            goes into `backward`, alone or with a wave's.
+        own: of a branch, the statistics of its tokens as a `WaveOutput` of [1, T], leaves; a loss
+            of them goes into `backward`, alone or with a wave's, as often as wanted.
         shared: whether the prompt is computed once; None before the first wave.
     """
 
@@ -261,8 +271,11 @@ class PrefixGroup:
         step = self.step
         self.metrics = PrefixMetrics()
         self.records: list[Record] | None = [] if self.train and step._verifies() else None
+        self.attended: set[torch.dtype] = set()
         self._failed = False
+        self._going_backward = False
         self._autocast: AbstractContextManager = nullcontext()
+        self._autocast_dtype: torch.dtype | None = None
         step.ranks.reshard()
         self._gradients = [(p, p.grad) for p in step.host.trained] if self.train else []
         for parameter, _ in self._gradients:
@@ -298,7 +311,7 @@ class PrefixGroup:
         if self.parent is None:
             if self.records is not None and self._computed:
                 with self._autocast:
-                    step._check(self.records, self.metrics)
+                    step._check(self.records, self.attended, self.metrics)
             for parameter, before in self._gradients:
                 if before is not None:
                     parameter.grad = (
@@ -347,7 +360,8 @@ class PrefixGroup:
             root._attention = step.host.attention()
             device = self.device.type
             if torch.is_autocast_enabled(device):  # phase C computes what phase A did
-                root._autocast = torch.autocast(device, torch.get_autocast_dtype(device))
+                root._autocast_dtype = torch.get_autocast_dtype(device)
+                root._autocast = torch.autocast(device, root._autocast_dtype)
         if not self.ids:
             return
         keep = self.train and step.prefix_memory != "recompute"
@@ -357,6 +371,7 @@ class PrefixGroup:
         with root.metrics.timed("prefix_forward", self.device), hooks, torch.set_grad_enabled(keep):
             result, phase = self._prefix_pass()
         step.host.check_layers(len(self.store.segments))
+        root.attended |= phase.dtypes
         root.metrics.add_prefix(len(self.ids), self.store.bytes, self._prefix_flops())
         self._first_pass = (result, phase) if keep else None
         self._leave_own(result)
@@ -376,15 +391,17 @@ class PrefixGroup:
     def _leave_own(self, result: ForwardResult) -> None:
         """What losses take of the prefix pass, cut off from its graph; phase C goes on there."""
         if result.stats is not None:
-            stats = TokenStats(*(_leaf(x, self.train) for x in result.stats))
-            self._own_stats = Upstream(stats)
-            self.own = WaveOutput(*padded_rows(stats, torch.ones(1, len(self.tokens)).bool()), None)
+            stats = TokenStats(
+                *(x if x is None else _leaf(x[None], self.train) for x in result.stats)
+            )
+            self._own_stats = Upstream.of(stats)
+            self.own = WaveOutput(stats.logp, stats, None)
             if self.root.records is not None:
                 record = Record(self.parent.context, [self.tokens], stats, None, self._own_stats)
                 self.root.records.append(record)
         if result.router is not None:
             probabilities = _leaf(result.router.probabilities, self.train)
-            self._own_router = Upstream([probabilities])
+            self._own_router = Upstream.of([probabilities])
             self._router = result.router._replace(probabilities=probabilities)
 
     def _path_router(self) -> RouterSums | None:
@@ -410,7 +427,8 @@ class PrefixGroup:
                 parts = [] if result.root is None else [result.root]
                 if result.stats is not None:
                     parts += [0.0 * result.stats.logp.sum()]
-                    parts += _products(result.stats, self._own_stats.grads)
+                    own = [g if g is None else g[0] for g in self._own_stats.grads]
+                    parts += _products(result.stats, own)
                 if result.router is not None:
                     parts += _products([result.router.probabilities], self._own_router.grads)
                 # one scalar root: FSDP2 and reentrant checkpointing break with several
@@ -448,9 +466,7 @@ class PrefixGroup:
         lengths = [len(response) for response in tokens]
         refuse_unsupported(step.host.inner, len(self.context) + max(lengths, default=1))
         self._decide(lengths, joint)
-        before = 0 if self.shared else len(self.context)
-        most = 1 if step.router_loss and not self.shared else self.wave_tokens
-        rows = split_rows([before + n for n in lengths], most)
+        rows = self._rows(lengths, bool(self.shared))
         self._missing = step.ranks.most(len(rows)) - len(rows)
         return [wave_of(some, tokens, self.device) for some in rows]
 
@@ -461,34 +477,50 @@ class PrefixGroup:
 
     def _decide(self, lengths: list[int], joint: bool) -> None:
         step, metrics = self.step, self.root.metrics
-        prefix = len(self.context) - 1
+        cost, prefix = step.cost, len(self.context) - 1
         train = self.train and torch.is_grad_enabled()
-        dense, waves = step.cost.group(prefix, lengths, train)
-        if joint and len(split_rows(lengths, self.wave_tokens)) > 1:
-            waves *= 4 / 3  # each runs forward once more
-        once = 0.0 if self._computed else self._prefix_flops()
-        dense, shared = step.ranks.sums(dense, waves + once)
+        dense, waves = cost.group(prefix, lengths, train)
+        dense_calls = cost.calls(len(self._rows(lengths, False)), train)
+        count = len(self._rows(lengths, True))
+        calls = cost.calls(count, train)
+        if joint and count > 1:  # each runs forward once more
+            waves, calls = waves * 4 / 3, calls * 4 / 3
+        once = once_calls = 0.0
+        if not self._computed:
+            once, once_calls = self._prefix_flops(), self._prefix_passes() * cost.call
         if self.shared is not True:
-            bound = dense / shared if shared else 1.0
-            if bound >= step.min_bound and self.ids:
+            gain, bound = expected_gain(
+                *step.ranks.sums(dense, dense_calls, waves + once, calls + once_calls)
+            )
+            if gain >= step.min_bound and self.ids:
                 self._share()
             else:
                 self.shared = False
                 if self.ids:
-                    step._say_dense(bound, prefix, lengths)
+                    step._say_dense(gain, bound, prefix, lengths)
         metrics.add_waves(
             dense=dense,
+            dense_calls=dense_calls,
             shared=waves if self.shared else waves + once,
             logical=sum(prefix + n for n in lengths),
             unique=sum(lengths) if self.shared else sum(prefix + n for n in lengths),
             is_shared=bool(self.shared),
         )
 
+    def _rows(self, lengths: list[int], shared: bool) -> list[list[int]]:
+        """Responses of each wave."""
+        before = 0 if shared else len(self.context)
+        alone = self.step.router_loss and not shared
+        return split_rows([before + n for n in lengths], 1 if alone else self.wave_tokens)
+
     def _prefix_flops(self) -> float:
         before = len(self.context) - 1 - len(self.ids)
+        return self._prefix_passes() * self.step.cost.layers(len(self.ids), before)
+
+    def _prefix_passes(self) -> int:
+        """Forward passes that phases A and C cost, a backward pass counted as two."""
         again = self.step.prefix_memory == "recompute"
-        passes = (4 if again else 3) if self.train else 1
-        return passes * self.step.cost.layers(len(self.ids), before)
+        return (4 if again else 3) if self.train else 1
 
     def forward(self, wave: Wave) -> WaveOutput:
         """Statistics of a wave's tokens, with a graph unless gradients are off.
@@ -501,6 +533,8 @@ class PrefixGroup:
                 gradients are on now.
         """
         self._check_open()
+        if not isinstance(wave, Wave):
+            raise ValueError(f"wave: expected one of group.waves(..), got {type(wave).__name__}")
         if self.shared is None:
             raise RuntimeError("group: it has no waves yet, call g.waves(responses) first")
         if torch.is_grad_enabled() and not self.train:
@@ -508,21 +542,39 @@ class PrefixGroup:
                 "group: it was opened under torch.no_grad(), but gradients are on now"
             )
         responses = wave.responses
+        if self.shared and self.ids:
+            self._check_autocast()
         with self.root.metrics.timed("waves", self.device):
             result = (
                 self._wave_pass(responses)
                 if self.shared
                 else self.step.host.dense(self.context, responses)
             )
-        out = WaveOutput(*padded_rows(result.stats, wave.mask), self._router_loss(result.router))
+        _, stats = padded_rows(result.stats, wave.mask)
+        router = self._router_loss(result.router)
         if torch.is_grad_enabled():
-            watched = [*out.stats, out.router_loss]
-            upstream = Upstream(watched)
-            self._untaken.append(upstream)
+            upstream = Upstream(len(stats) + 1)
             if self.root.records is not None:
-                record = Record(self.context, responses, out.stats, out.router_loss, upstream)
+                record = Record(self.context, responses, stats, router, upstream)
                 self.root.records.append(record.detached())
-        return out
+            self._untaken.append(upstream)
+            *stats, router = (
+                _WaveOutput.apply(x, i, upstream, self.root)
+                if x is not None and x.requires_grad
+                else x
+                for i, x in enumerate((*stats, router))
+            )
+            stats = TokenStats(*stats)
+        return WaveOutput(stats.logp, stats, router)
+
+    def _check_autocast(self) -> None:
+        device = self.device.type
+        now = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if now != self.root._autocast_dtype:
+            raise RuntimeError(
+                f"group: its prompt was computed under autocast to {self.root._autocast_dtype}, "
+                f"this wave under {now}; put autocast around the whole group"
+            )
 
     def _wave_pass(self, responses: list[list[int]]) -> ForwardResult:
         last, start = self.context[-1], len(self.context) - 1
@@ -531,7 +583,9 @@ class PrefixGroup:
         labels = [token for response in responses for token in response]
         packing = Packing([len(response) for response in responses], self.device)
         phase = Phase(self._path(), packing, longest=start + 1 + max(packing.lengths))
-        return self.step.host.forward(ids, positions, phase, labels)
+        result = self.step.host.forward(ids, positions, phase, labels)
+        self.root.attended |= phase.dtypes
+        return result
 
     def _router_loss(self, sums: RouterSums | None) -> Tensor | None:
         if sums is None:
@@ -554,8 +608,18 @@ class PrefixGroup:
         self._check_open()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(f"loss: expected a scalar tensor with a graph, got {loss!r}")
-        with self.root.metrics.timed("waves", self.device):
-            by(loss)
+        root = self.root
+        known = {id(p) for p, _ in root._gradients}
+        for leaf in _leaves_of(loss):
+            if id(leaf) not in known:  # a temperature, a value head: as the model's parameters
+                root._gradients.append((leaf, leaf.grad))
+                leaf.grad = None
+        root._going_backward = True
+        try:
+            with root.metrics.timed("waves", self.device):
+                by(loss)
+        finally:
+            root._going_backward = False
 
     # ------------------------------------------------------------------ whole groups
 
@@ -613,10 +677,10 @@ class PrefixGroup:
             whole = wave_of(range(len(responses)), response_tokens(responses), self.device)
             found = joined(outs, waves, whole)
             leaves = [_leaf(x, True) for x in (*found.stats, found.router_loss)]
-            upstream = Upstream(leaves)
+            upstream = Upstream.of(leaves)
             stats = TokenStats(*leaves[:-1])
             value = loss(WaveOutput(stats.logp, stats, leaves[-1]), whole)
-            by(value)
+            self.backward(value, by=by)
             total = total + value.detach()
             grads = upstream.grads
         for wave in waves:
@@ -671,6 +735,40 @@ class PrefixGroup:
             self.records.clear()
         for parameter, _ in self._gradients:
             parameter.grad = None
+
+
+class _WaveOutput(torch.autograd.Function):
+    """A copy; here the graph of a wave ends and that of the user's loss begins."""
+
+    @staticmethod
+    def forward(ctx, x, i, upstream, root):
+        ctx.i, ctx.upstream, ctx.root = i, upstream, root
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if not ctx.root._going_backward:
+            raise RuntimeError(
+                "a wave's gradient was taken outside of group.backward(loss): whatever goes "
+                "backward through a wave adds to the gradient of the prefix; for gradients of a "
+                "loss alone, call it with out.logp.detach().requires_grad_()"
+            )
+        ctx.upstream.add(ctx.i, grad)
+        return grad, None, None, None
+
+
+def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
+    """Leaves with a gradient that a loss has beside the waves' outputs."""
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen or node.name() == "_WaveOutputBackward":
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        left += [after for after, _ in node.next_functions]
 
 
 def _leaf(x: Tensor | None, train: bool) -> Tensor | None:

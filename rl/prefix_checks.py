@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,29 +48,45 @@ def prompt_tokens(
         attention_mask: of the same shape, all ones.
         vocabulary: ids are in [0, vocabulary).
     """
-    ids = _tensor(prompt_ids, "prompt_ids")
+    first = prompt_ids[0] if _is_list(prompt_ids) and len(prompt_ids) else None
+    nested = first is not None and _is_list(first)
+    rows = [
+        _ids(_tensor(row, name), name, vocabulary)
+        for name, row in (
+            ((f"prompt_ids[{i}]", row) for i, row in enumerate(prompt_ids))
+            if nested
+            else [("prompt_ids", prompt_ids)]
+        )
+    ]
     if attention_mask is not None:
-        mask = torch.as_tensor(attention_mask)
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask: expected {tuple(ids.shape)}, as prompt_ids, got "
-                f"{tuple(mask.shape)}"
-            )
-        if not mask.bool().all():
-            first = (mask.reshape(-1, mask.shape[-1])[:, 0] == 0).any()
-            side = "left-padded" if bool(first) else "padded"
-            raise ValueError(f"prompt_ids: {side} prompt, expected its tokens alone")
-    if ids.ndim == 2 and len(ids):
-        differs = (ids != ids[0]).any(0).nonzero()
-        if len(differs):
-            column = int(differs[0])
-            row = int((ids[:, column] != ids[0, column]).nonzero()[0])
-            raise ValueError(
-                f"prompt_ids: expected the same prompt in every row, but row {row} first differs "
-                f"at token {column}: {int(ids[row, column])}, not {int(ids[0, column])}"
-            )
-        ids = ids[0]
-    return _ids(ids, "prompt_ids", vocabulary)
+        _refuse_padding(attention_mask, (len(rows),) * nested + (len(rows[0]),))
+    _refuse_differing(rows)
+    return rows[0]
+
+
+def _refuse_padding(attention_mask: Tensor, shape: tuple[int, ...]) -> None:
+    mask = torch.as_tensor(attention_mask)
+    if mask.shape != shape:
+        raise ValueError(
+            f"attention_mask: expected {shape}, as prompt_ids, got {tuple(mask.shape)}"
+        )
+    if not mask.bool().all():
+        left = bool((mask.reshape(-1, mask.shape[-1])[:, 0] == 0).any())
+        side = "left-padded" if left else "padded"
+        raise ValueError(f"prompt_ids: {side} prompt, expected its tokens alone")
+
+
+def _refuse_differing(rows: list[list[int]]) -> None:
+    first = rows[0]
+    for i, row in enumerate(rows):
+        if row == first:
+            continue
+        pairs = enumerate(itertools.zip_longest(row, first, fillvalue="no token"))
+        column, (own, other) = next((c, pair) for c, pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f"prompt_ids: expected the same prompt in every row, but row {i} first differs at "
+            f"token {column}: {own}, not {other}"
+        )
 
 
 def response_tokens(
@@ -84,6 +102,10 @@ def response_tokens(
         vocabulary: ids are in [0, vocabulary); None: they were checked before.
         empty: whether there may be no response.
     """
+    if not _is_list(responses):
+        raise ValueError(
+            f"responses: expected a list of each one's token ids, got {type(responses).__name__}"
+        )
     if isinstance(responses, Tensor) and responses.ndim > 1:
         raise ValueError(
             f"responses: expected a list of unpadded ones, got a tensor {tuple(responses.shape)}; "
@@ -95,6 +117,11 @@ def response_tokens(
         _ids(_tensor(response, f"responses[{i}]"), f"responses[{i}]", vocabulary)
         for i, response in enumerate(responses)
     ]
+
+
+def _is_list(x: object) -> bool:
+    """Whether it has elements: a 0-d tensor has none."""
+    return x.ndim > 0 if isinstance(x, Tensor) else isinstance(x, Sequence | np.ndarray)
 
 
 def _tensor(ids: Sequence[int] | Tensor, name: str) -> Tensor:

@@ -7,6 +7,7 @@ is replayed by gradient checkpointing; a context variable or a cache would not b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from .prefix_router import RouterRecorder, RouterSums
 from .prefix_support import refuse_for_phases, refuse_unsupported
 from .responses import dense_rows, hidden_at, logits_at
 from .sharding import is_sharded
+
+logger = logging.getLogger(__name__)
 
 _KEYWORD = "trimtab_phase"
 # four dimensions: a model takes it as it is and makes no [N, N] mask; the phases do not read it
@@ -125,6 +128,15 @@ class TransformersHost:
         self.head, self.temperature, self.prune = head, temperature, prune
         top_k = getattr(self.config, "num_experts_per_tok", None)
         self.recorder = RouterRecorder(inner, top_k) if router_loss else None
+        # its own loss of the routers would take the mask, which is none, and be thrown away
+        self._always: dict[str, Any] = {}
+        if getattr(self.config, "output_router_logits", False):
+            self._always = {"output_router_logits": False}
+            if not router_loss:
+                logger.warning(
+                    "shared prefix: the model has output_router_logits, but groups compute no loss "
+                    "of the routers without SharedPrefix(.., router_loss=True)"
+                )
 
     @property
     def sharded(self) -> bool:
@@ -196,7 +208,7 @@ class TransformersHost:
             labels: N next tokens; None: the head does not run.
         """
         device = self.device
-        inputs = {
+        inputs = self._always | {
             "input_ids": torch.tensor([ids], device=device),
             "position_ids": torch.tensor([positions], device=device),
             "attention_mask": torch.ones(_NO_MASK, dtype=torch.bool, device=device),
@@ -227,7 +239,7 @@ class TransformersHost:
         labels = [token for response in responses for token in response]
         where = rows.row, rows.column - rows.first
         with self.recorder.recording() if self.recorder else nullcontext() as logits:
-            stats = self._statistics(rows.inputs, kept, labels, where)
+            stats = self._statistics(self._always | rows.inputs, kept, labels, where)
         router = None
         if self.recorder:
             assert len(responses) == 1, "padding would count"

@@ -11,6 +11,43 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+# What a call of the model costs whatever its tokens, in the time of FLOPs: so many a layer (Python,
+# launches), and as so many more tokens (weights are read, and their gradients written, for the
+# fewest tokens too). CPU: fits benchmarks/prefix_gate.py. CUDA: 30 launches of 8 us a layer at 400
+# TFLOP/s, and an H200's FLOPs for each byte that it reads; not measured.
+_CALL_OF_LAYER = {"cpu": 4e7, "cuda": 1e11}
+_CALL_IN_TOKENS = {"cpu": 60, "cuda": 200}
+
+
+def call_cost(device: torch.device, layers: int, token: float) -> float:
+    """FLOPs in the time that a forward call takes beside its own.
+
+    Args:
+        device: of the model.
+        layers: of the model.
+        token: FLOPs of a token.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    return _CALL_OF_LAYER[kind] * layers + _CALL_IN_TOKENS[kind] * token
+
+
+def expected_gain(
+    dense: float, dense_calls: float, shared: float, shared_calls: float
+) -> tuple[float, float]:
+    """How many times as fast a group may be with its prefix computed once.
+
+    Args:
+        dense: FLOPs with a prefix for each response.
+        dense_calls: what the calls cost beside them, as FLOPs.
+        shared: FLOPs with one.
+        shared_calls: as `dense_calls`.
+
+    Returns:
+        What is to be expected, and the bound by FLOPs alone; the former is not more.
+    """
+    bound = dense / shared if shared else 1.0
+    return min(bound, (dense + dense_calls) / max(shared + shared_calls, 1.0)), bound
+
 
 class ForwardCost(NamedTuple):
     """FLOPs of a forward pass.
@@ -19,11 +56,14 @@ class ForwardCost(NamedTuple):
         token: of the linear layers, a token.
         pair: of attention, a query token and a token that it sees.
         head: of the output head, a predicted token.
+        call: what a call costs beside its FLOPs (Python, launches, weights that are read for few
+            tokens), as FLOPs; a backward pass costs it twice more.
     """
 
     token: float
     pair: float
     head: float
+    call: float
 
     @classmethod
     def of(cls, model: nn.Module, config: PreTrainedConfig) -> ForwardCost:
@@ -51,12 +91,17 @@ class ForwardCost(NamedTuple):
                 f"model: layers of different head widths, refused ({error})"
             ) from error
         pair = 4 * heads * width * config.num_hidden_layers
-        return cls(float(token), float(pair), 2.0 * head.weight.numel())
+        call = call_cost(head.weight.device, config.num_hidden_layers, float(token))
+        return cls(float(token), float(pair), 2.0 * head.weight.numel(), call)
 
     def layers(self, tokens: int, before: int = 0) -> float:
         """Of `tokens` tokens that follow `before` others, without the head."""
         pairs = tokens * before + tokens * (tokens + 1) / 2
         return self.token * tokens + self.pair * pairs
+
+    def calls(self, count: int, train: bool) -> float:
+        """What so many calls cost beside their FLOPs, as FLOPs."""
+        return (3 if train else 1) * count * self.call
 
     def group(self, prefix: int, lengths: Sequence[int], train: bool) -> tuple[float, float]:
         """FLOPs of responses after a prefix, a backward pass counted as two forward passes.
@@ -78,13 +123,14 @@ class PrefixMetrics:
     """Sums over groups.
 
     Args:
-        dense_rate: seconds per FLOP of dense training, where a verification has measured it.
+        dense_rate: seconds of dense training per FLOP, calls counted by what they cost, where a
+            verification has measured it.
     """
 
     def __init__(self, dense_rate: float | None = None) -> None:
         self.dense_rate = dense_rate
         self.groups = self.shared_groups = 0
-        self.dense_flops = self.shared_flops = 0.0
+        self.dense_flops = self.dense_calls = self.shared_flops = 0.0
         self.logical_tokens = self.unique_tokens = self.hot_bytes = 0
         self.seconds = dict.fromkeys(("prefix_forward", "waves", "prefix_backward"), 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -114,10 +160,18 @@ class PrefixMetrics:
         self.shared_flops += flops
 
     def add_waves(
-        self, *, dense: float, shared: float, logical: int, unique: int, is_shared: bool
+        self,
+        *,
+        dense: float,
+        dense_calls: float,
+        shared: float,
+        logical: int,
+        unique: int,
+        is_shared: bool,
     ) -> None:
         """One pass over responses: FLOPs and tokens with a prompt each, and with one for all."""
         self.dense_flops += dense
+        self.dense_calls += dense_calls
         self.shared_flops += shared
         self.logical_tokens += logical
         self.unique_tokens += unique
@@ -127,8 +181,8 @@ class PrefixMetrics:
     def add(self, other: PrefixMetrics) -> None:
         """Another group's; `hot_bytes` is the largest, the rest adds up."""
         for name in (
-            "groups", "shared_groups", "dense_flops", "shared_flops", "logical_tokens",
-            "unique_tokens",
+            "groups", "shared_groups", "dense_flops", "dense_calls", "shared_flops",
+            "logical_tokens", "unique_tokens",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.hot_bytes = max(self.hot_bytes, other.hot_bytes)
@@ -140,15 +194,16 @@ class PrefixMetrics:
         """By name; waits for the device.
 
         Returns:
-            prefix/bound: FLOPs with a prompt each over those with one prompt for all.
+            prefix/bound: FLOPs with a prompt each over those with one prompt for all: at most so
+                many times as fast.
             prefix/shared: share of the groups that ran with one prompt.
             prefix/logical_tokens, unique_tokens, saved_tokens: tokens of all trajectories, tokens
                 computed (once, even if forward ran twice), and the difference; each `waves`,
                 `accumulate` or `statistics` of a group counts its responses.
             prefix/hot_bytes: most bytes of keys, values and their gradients.
             prefix/seconds_*: of the phases A, B and C.
-            prefix/speedup: dense seconds over seconds, the former as `verify` measured a FLOP of
-                the first group; absent without.
+            prefix/speedup: seconds of the dense route over seconds, the former from its FLOPs and
+                calls at the rate that `verify` measured in the first group; absent without.
         """
         for phase, start, end in self._events:
             end.synchronize()
@@ -167,5 +222,6 @@ class PrefixMetrics:
         found |= {f"prefix/seconds_{name}": seconds for name, seconds in self.seconds.items()}
         total = sum(self.seconds.values())
         if self.dense_rate is not None and total > 0:
-            found["prefix/speedup"] = self.dense_rate * self.dense_flops / total
+            dense = self.dense_rate * (self.dense_flops + self.dense_calls)
+            found["prefix/speedup"] = dense / total
         return found

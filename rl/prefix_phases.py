@@ -86,6 +86,7 @@ class Phase:
 
     Attributes:
         last: of the last layer that ran with gradients, its keys and values in the graph.
+        dtypes: of the queries.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Phase:
     ) -> None:
         self.path, self.packing, self.own, self.longest = tuple(path), packing, own, longest
         self.last: tuple[int, Tensor, Tensor] | None = None
+        self.dtypes: set[torch.dtype] = set()
         self._seen: set[int] | None = None
 
     @contextmanager
@@ -133,6 +135,7 @@ class Phase:
                 key = _AddGradient.apply(key, self.own, layer, "grad_key")
                 value = _AddGradient.apply(value, self.own, layer, "grad_value")
         query, key, value = (_as_attention_sees(x) for x in (query, key, value))
+        self.dtypes.add(query.dtype)
         prefixes = [store.segments[layer] for store in self.path]
         return prefix_attention(query, key, value, prefixes, self.packing, scale=scale)
 

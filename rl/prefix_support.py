@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-_ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop")
+# dropout by function, not by a module (others of a configuration belong to other heads)
+_DROPOUT = (
+    "attention_dropout", "attn_pdrop", "attn_dropout", "dropout", "activation_dropout",
+    "hidden_dropout", "layerdrop",
+)  # fmt: skip
 _WINDOWED = {"sliding_attention"}
 
 
@@ -67,9 +73,9 @@ def _refuse_layers(config: PreTrainedConfig, longest: int | None) -> None:
 
 
 def _refuse_dropout(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    for name in _ATTENTION_DROPOUT:
-        if getattr(config, name, 0.0):
-            raise ValueError(f"model: {name} is {getattr(config, name)}, expected 0")
+    for name, value in _settings(config):
+        if name.rpartition(".")[2] in _DROPOUT and value:
+            raise ValueError(f"model: {name} is {value}, expected 0: a group would share its mask")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise ValueError(
@@ -78,14 +84,24 @@ def _refuse_dropout(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _refuse_experts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    jitter = getattr(config, "router_jitter_noise", 0.0)
-    if jitter and model.training:
-        raise ValueError(f"model: router_jitter_noise is {jitter}, expected 0")
+    for name, value in _settings(config):
+        if "jitter" in name and value and model.training:
+            raise ValueError(f"model: {name} is {value}, expected 0")
     capacity = getattr(config, "expert_capacity", None) or getattr(config, "capacity_factor", None)
     if capacity:
         raise ValueError(f"model: experts of limited capacity ({capacity}) drop tokens, refused")
     if "expert_choice" in str(getattr(config, "router_type", "")):
         raise ValueError("model: experts choose tokens (expert choice), expected tokens to choose")
+
+
+def _settings(config: PreTrainedConfig) -> Iterator[tuple[str, object]]:
+    """Names and values of a configuration, with those of configurations within it."""
+    for name, value in vars(config).items():
+        inner = vars(value) if isinstance(value, PreTrainedConfig) else value
+        if isinstance(inner, dict):
+            yield from ((f"{name}.{key}", x) for key, x in inner.items())
+        else:
+            yield name, value
 
 
 def refuse_for_phases(model: nn.Module, config: PreTrainedConfig) -> None:
@@ -96,8 +112,8 @@ def refuse_for_phases(model: nn.Module, config: PreTrainedConfig) -> None:
         config: of its text model.
 
     Raises:
-        ValueError: capped attention scores, FSDP1, or a parameter with a hook that acts in
-            backward.
+        ValueError: capped attention scores, FSDP1, a model compiled as a whole, an adapter of
+            prompt learning, or a parameter with a hook that acts in backward.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -105,6 +121,17 @@ def refuse_for_phases(model: nn.Module, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"model: attention scores capped at {config.attn_logit_softcapping} "
             "(attn_logit_softcapping), expected uncapped scores"
+        )
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "model: it is compiled as a whole (model.compile()), expected the model itself or "
+            "compiled layers: [layer.compile() for layer in model.model.layers]"
+        )
+    prompt = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompt:
+        raise ValueError(
+            "model: an adapter of prompt learning (prefix or prompt tuning) puts tokens of its own "
+            "before the prompt, refused"
         )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError("model: FSDP1 (FullyShardedDataParallel), expected FSDP2 (fully_shard)")

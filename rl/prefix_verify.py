@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from ..triton_kernels.token_stats import TokenStats
 from .prefix_host import TransformersHost
-from .prefix_metrics import PrefixMetrics
 from .prefix_parallel import Ranks
 from .prefix_router import router_loss
 
@@ -41,19 +40,25 @@ _LOW_PRECISION = Tolerance(5e-2, 5e-3, 0.5, 0.05)
 
 
 class Upstream:
-    """Gradients that reach tensors, added up over backward passes.
+    """Gradients that reach some tensors, added up over backward passes.
 
     Args:
-        tensors: leaves or not; those without gradients are passed over.
+        count: of the tensors.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self.grads: list[Tensor | None] = [None] * len(tensors)
-        for i, x in enumerate(tensors):
-            if x is not None and x.requires_grad:
-                x.register_hook(partial(self._add, i))
+    def __init__(self, count: int) -> None:
+        self.grads: list[Tensor | None] = [None] * count
 
-    def _add(self, i: int, grad: Tensor) -> None:
+    @classmethod
+    def of(cls, leaves: Sequence[Tensor | None]) -> Upstream:
+        """Of leaves; those without gradients are passed over."""
+        found = cls(len(leaves))
+        for i, x in enumerate(leaves):
+            if x is not None and x.requires_grad:
+                x.register_hook(partial(found.add, i))
+        return found
+
+    def add(self, i: int, grad: Tensor) -> None:
         found = self.grads[i]
         self.grads[i] = grad.detach() if found is None else found + grad.detach()
 
@@ -68,7 +73,7 @@ class Record(NamedTuple):
     Args:
         context: tokens before each.
         responses: token ids.
-        stats: of [b, T] tensors, right-padded; of [T] for a branch's own tokens.
+        stats: of [b, T] tensors, right-padded.
         router_loss: [b] or None.
         upstream: gradients of the stats' fields, and of router_loss where there is one.
     """
@@ -85,13 +90,11 @@ class Record(NamedTuple):
 
     def row(self, i: int, tensor: Tensor | None) -> Tensor | None:
         """[T] of the i-th response's tokens."""
-        if tensor is None:
-            return None
-        return (tensor if tensor.ndim == 1 else tensor[i])[: len(self.responses[i])]
+        return None if tensor is None else tensor[i][: len(self.responses[i])]
 
 
 def compare_with_dense(
-    host: TransformersHost, ranks: Ranks, records: Sequence[Record], metrics: PrefixMetrics
+    host: TransformersHost, ranks: Ranks, records: Sequence[Record], attended: set[torch.dtype]
 ) -> float | None:
     """Compares the gradients in `.grad` with those of dense passes, which are dropped.
 
@@ -99,10 +102,10 @@ def compare_with_dense(
         host: the model.
         ranks: its processes.
         records: what was computed.
-        metrics: of the group; its FLOPs.
+        attended: dtypes of the queries that the group's attention saw.
 
     Returns:
-        Seconds of the dense passes per FLOP; None if the gradient decides nothing: it is zero, or
+        Seconds of the dense passes; None if the gradient decides nothing: it is zero, or
         not finite because the loss is not, or in fp16.
 
     Raises:
@@ -125,7 +128,7 @@ def compare_with_dense(
     dense2, shared2, mixed = ranks.sums(*products)
     worst = ranks.most(max(difference, default=0.0))
     mean = ranks.most(sum(difference) / max(len(difference), 1))
-    precision = _precision(host)
+    precision = _precision(host, attended)
     # fp16 overflows at a large loss scale, and a sum over responses before each of them does
     overflow = precision == torch.float16 and not math.isfinite(dense2 + shared2)
     # a loss that is not finite (a NaN reward, say) is for the training loop to skip
@@ -145,7 +148,7 @@ def compare_with_dense(
             "waves' output (a weight penalty, say), take that backward outside of the group; else "
             "the model is refused, train it without sharing"
         )
-    return seconds / max(metrics.dense_flops, 1.0)
+    return seconds
 
 
 def _dense_passes(host: TransformersHost, ranks: Ranks, records: Sequence[Record]) -> list[float]:
@@ -184,8 +187,7 @@ def _inner_products(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> tup
     return tuple(sums)
 
 
-def _precision(host: TransformersHost) -> torch.dtype:
-    device = host.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return next(p.dtype for p in host.trained)
+def _precision(host: TransformersHost, attended: set[torch.dtype]) -> torch.dtype:
+    """The coarsest dtype that is computed in: the trained parameters may be finer (LoRA, FSDP2)."""
+    stored = {p.dtype for p in host.model.parameters() if p.is_floating_point()}
+    return max(stored | attended, key=lambda dtype: torch.finfo(dtype).eps)

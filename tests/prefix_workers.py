@@ -5,6 +5,7 @@ import torch.distributed as dist
 from prefix_cases import group_of_responses, loss_of
 from tiny_models import causal_lm, keep_norm_dtype
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,6 +81,14 @@ def run(rank, world, folder):
     train(step, rank)
     found["fsdp2", "dense"] = full_gradient(model)
     found["route"] = step.metrics()["prefix/shared"]
+
+    mixed = causal_lm("llama_gqa", num_hidden_layers=6, initializer_range=0.1)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in (*mixed.model.layers, mixed):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+    with SharedPrefix(mixed, min_bound=0).group(range(60)) as g:
+        g.accumulate([list(range(i, i + 20)) for i in range(8)], lambda out, _: out.logp.sum())
+    found["mixed"] = g.step._verified, g.step.metrics()["prefix/bound"]
 
     step = SharedPrefix(model, wave_tokens=8, min_bound=0)
     (prompt, responses, weights), _ = groups_of(rank)

@@ -1,100 +1,25 @@
-import copy
 import logging
 
 import pytest
 import torch
 from prefix_cases import (
     LENGTHS,
+    MEMORY,
+    OTHERS,
     dense_gradient,
     dense_loss,
     gradient,
     group_of_responses,
     loss_of,
+    model_of,
     relative_l2,
+    shared_gradient,
 )
-from tiny_models import KINDS, VOCAB, causal_lm, keep_norm_dtype
-from transformers import (
-    AutoModelForCausalLM,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-    Gemma3nTextConfig,
-    Gemma3TextConfig,
-    GemmaConfig,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    MistralConfig,
-    Qwen3MoeConfig,
-    RobertaConfig,
-    RobertaForCausalLM,
-)
+from tiny_models import KINDS, VOCAB, causal_lm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from trimtab.rl import prefix_phases
-from trimtab.rl.prefix import SharedPrefix, Wave
-
-MEMORY = ["keep", "recompute", "offload"]
-_SMALL = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    initializer_range=0.3,
-    pad_token_id=None,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-_OTHERS = {
-    "mistral": lambda: MistralConfig(**_SMALL, sliding_window=26),  # the longest sequence
-    "gemma": lambda: GemmaConfig(**_SMALL),
-    "gemma3": lambda: Gemma3TextConfig(
-        **_SMALL, layer_types=["sliding_attention", "full_attention"], sliding_window=26
-    ),
-    "gemma3n": lambda: Gemma3nTextConfig(
-        **_SMALL | {"num_hidden_layers": 4, "intermediate_size": [40] * 4},
-        num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        sliding_window=512,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        activation_sparsity_pattern=None,
-    ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_SMALL, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
-    ),
-}
-
-
-def model_of(kind, dtype=torch.float64, attention="sdpa", **changes):
-    if kind not in _OTHERS:
-        model = causal_lm(kind, dtype=dtype, attention=attention, **changes)
-    else:
-        config = _OTHERS[kind]()
-        for name, value in changes.items():
-            setattr(config, name, value)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-            for p in model.parameters():
-                if p.ndim > 1:
-                    torch.nn.init.normal_(p, std=0.3)
-        model = model.to(dtype).eval()
-    model.config._experts_implementation = "eager"
-    return keep_norm_dtype(model) if dtype == torch.float64 and "gemma" not in kind else model
-
-
-def shared_gradient(step, prompt, responses, weights, **options):
-    step.host.model.zero_grad()
-    with step.group(prompt) as g:
-        total = g.accumulate(responses, loss_of(weights), **options)
-        assert g.shared
-    found = gradient(step.host.model)
-    step.host.model.zero_grad()
-    return total, found
-
+from trimtab.rl.prefix import PrefixGroup, SharedPrefix, Wave
 
 # ---------------------------------------------------------------------- the definition
 
@@ -120,7 +45,7 @@ def test_gradient_is_that_of_the_trajectories_in_float64(kind, memory, checkpoin
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("kind", _OTHERS)
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_architectures(kind, memory):
     model = model_of(kind)
     prompt, responses, weights = group_of_responses()
@@ -206,14 +131,34 @@ def test_accumulator_takes_the_wider_dtype():
         (torch.float64, torch.float32, torch.float64),
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float64, torch.float64),
     ):
-        if (dtype, accum) == (torch.float32, torch.float64):
-            continue
         step = SharedPrefix(model_of("llama", dtype), accum_dtype=accum, min_bound=0)
         with step.group([1, 2, 3]) as g:
             g.accumulate([[4], [5]], lambda out, _: out.logp.sum())
             (segment, *_) = g.store.segments.values()
             assert segment.grad_key.dtype == segment.grad_value.dtype == expected
+
+
+def test_accumulators_of_transposed_keys_have_strides_of_their_own():
+    store = prefix_phases.PrefixStore(torch.float32)
+    key = torch.randn(2, 5, 8).transpose(0, 1)
+    store.add(0, key, key)
+    assert store.segments[0].key.data_ptr() == key.data_ptr()
+    assert store.segments[0].grad_key.is_contiguous()
+
+
+def test_keys_are_freed_before_the_prefix_runs_again(monkeypatch):
+    sizes, run = [], PrefixGroup._prefix_pass
+
+    def watched(group):
+        sizes.append([segment.key.numel() for segment in group.store.segments.values()])
+        return run(group)
+
+    monkeypatch.setattr(PrefixGroup, "_prefix_pass", watched)
+    step = SharedPrefix(model_of("llama"), min_bound=0, verify="never")
+    assert route(step, [1, 2, 3], [[4], [5]])
+    assert sizes == [[], [0, 0]]
 
 
 @pytest.mark.parametrize("kind", ["llama_gqa", "gpt2"])
@@ -264,6 +209,36 @@ def test_loss_over_the_whole_group():
         grads.append((total, gradient(model)))
     assert grads[0][0] == pytest.approx(grads[1][0], abs=1e-10)
     assert relative_l2(grads[0][1], grads[1][1]) < 1e-12
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_parameters_of_the_loss_itself(joint):
+    """A temperature, a value head: their gradients are taken, and undone, with the model's."""
+    model = model_of("llama_gqa")
+    prompt, responses, weights = group_of_responses()
+    factor = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    total, truth = dense_gradient(model, prompt, responses, weights)
+    memory = []
+
+    def loss(out, wave):
+        if memory and not memory.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return factor * loss_of(weights)(out, wave)
+
+    for fits in ([], [False, True]):  # from the last: the first wave has gone backward already
+        memory[:] = fits
+        model.zero_grad()
+        factor.grad = torch.tensor(7.0, dtype=torch.float64)
+        step = SharedPrefix(model, wave_tokens=16, min_bound=0, verify="always")
+        with step.group(prompt) as g:
+            g.accumulate(responses, loss, joint=joint)
+        assert factor.grad.item() == pytest.approx(7.0 + total, abs=1e-10)
+        assert relative_l2(gradient(model), 2 * truth) < 1e-12
+    with pytest.raises(ZeroDivisionError), step.group(prompt) as g:
+        for wave in g.waves(responses):
+            g.backward(factor * loss_of(weights)(g.forward(wave), wave))
+        raise ZeroDivisionError
+    assert factor.grad.item() == pytest.approx(7.0 + total, abs=1e-10)
 
 
 def test_adapter_of_peft():
@@ -357,6 +332,38 @@ def test_a_tree_of_rollouts(kind, memory):
     assert tokens == 29 + 8 + 6 + 1 + (5 + 4 + 3 + 7 + 9 + 2)
 
 
+def test_a_branchs_own_tokens_in_the_loss_of_each_wave():
+    """One number of the whole path: the branch's log-probability is in every wave's loss."""
+    model = model_of("llama_gqa")
+    prompt, (own, *responses), _ = group_of_responses()
+
+    def loss(own_logp, logp):
+        return ((own_logp + logp) / 40).exp()
+
+    model.zero_grad()
+    total = 0.0
+    for response in responses:
+        logits = model(torch.tensor([[*prompt, *own, *response]])).logits[0, len(prompt) - 1 : -1]
+        labels = torch.tensor([*own, *response])
+        logp = (
+            logits.log_softmax(-1)
+            .gather(-1, labels[:, None])[:, 0]
+            .split([len(own), len(response)])
+        )
+        total = total + loss(*(x.sum() for x in logp))
+    total.backward()
+    truth = gradient(model)
+    for wave_tokens in (6, 100):
+        step = SharedPrefix(model, wave_tokens=wave_tokens, min_bound=0, verify="always")
+        model.zero_grad()
+        with step.group(prompt) as g, step.group(own, parent=g) as branch:
+            found = branch.accumulate(
+                responses, lambda out, _, b=branch: loss(b.own.logp.sum(), out.logp.sum(-1)).sum()
+            )
+        assert found == pytest.approx(float(total.detach()), abs=1e-10)
+        assert relative_l2(gradient(model), truth) < 1e-12
+
+
 def test_an_error_in_a_branch_reaches_its_root():
     model = model_of("llama_gqa")
     step = SharedPrefix(model, min_bound=0)
@@ -415,6 +422,19 @@ def test_router_loss_counts_the_prefix_for_each_trajectory(memory, min_bound):
     assert not any(layer.mlp.gate._forward_hooks for layer in model.model.layers)
 
 
+@pytest.mark.parametrize("router_loss", [False, True])
+def test_a_model_that_returns_router_logits(router_loss, caplog):
+    """Its own loss of the routers would be of the phases' rows, which are no batch."""
+    prompt, responses, weights = group_of_responses()
+    grads = []
+    for own in (False, True):
+        model = model_of("qwen3_moe", output_router_logits=own)
+        step = SharedPrefix(model, min_bound=0, router_loss=router_loss, wave_tokens=8)
+        grads.append(shared_gradient(step, prompt, responses, weights)[1])
+    assert torch.equal(*grads)
+    assert ("compute no loss of the routers" in caplog.text) != router_loss
+
+
 def test_router_loss_in_a_branch():
     model = model_of("qwen3_moe")
     (a, b, c), _ = [[1, 5, 9, 2, 7], [3, 8], [4, 4, 6]], None
@@ -452,7 +472,7 @@ def test_a_group_that_gains_little_runs_densely_and_says_so_once(caplog):
 def test_metrics():
     model = model_of("llama", torch.float32)
     prompt, responses, weights = group_of_responses()
-    step = SharedPrefix(model, min_bound=1.2)
+    step = SharedPrefix(model, min_bound=0)
     for _ in range(2):
         with step.group(prompt) as g:
             g.accumulate(responses, loss_of(weights))
@@ -507,6 +527,19 @@ def test_verification_refuses_a_wrong_gradient(monkeypatch):
         g.accumulate(responses, loss_of(weights))
 
 
+def test_verification_knows_that_bf16_is_computed_in():
+    """Adapters in fp32 on a base in bf16, as PEFT makes them. FSDP2: test_prefix_distributed.py."""
+    peft = pytest.importorskip("peft")
+    for seed in range(3):
+        base = causal_lm("llama_gqa", seed=seed, num_hidden_layers=6, initializer_range=0.1)
+        adapter = peft.LoraConfig(r=4, target_modules="all-linear")
+        model = peft.get_peft_model(base.to(torch.bfloat16), adapter)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        prompt, responses, weights = group_of_responses(60, (20,) * 8, seed=seed)
+        with SharedPrefix(model, min_bound=0, verify="always").group(prompt) as g:
+            g.accumulate(responses, loss_of(weights))
+
+
 def test_verification_runs_once_and_waits_for_a_gradient(monkeypatch):
     model = model_of("llama_gqa")
     prompt, responses, weights = group_of_responses()
@@ -537,376 +570,61 @@ def test_a_loss_with_a_term_beside_the_output_is_named():
             g.accumulate([[5], [6]], lambda out, _: out.logp.sum() + penalty)
 
 
+def route(step, prompt, responses, **options):
+    with step.group(prompt) as g:
+        g.accumulate(responses, lambda out, _: out.logp.sum(), **options)
+        return g.shared
+
+
+def without_calls(step):
+    """The gate by FLOPs alone."""
+    step.cost = step.cost._replace(call=0.0)
+    return step
+
+
 def test_the_gate_counts_the_second_pass_of_a_joint_loss():
     model = model_of("llama_gqa")
-    prompt, responses, weights = group_of_responses()
-    shared = []
-    for joint in (False, True):
-        step = SharedPrefix(model, wave_tokens=8, min_bound=1.9, verify="never")
-        with step.group(prompt) as g:
-            g.accumulate(responses, loss_of(weights), joint=joint)
-            shared.append(g.shared)
+    prompt, responses, _ = group_of_responses()
+    options = dict(wave_tokens=8, min_bound=1.9, verify="never")
+    shared = [
+        route(without_calls(SharedPrefix(model, **options)), prompt, responses, joint=joint)
+        for joint in (False, True)
+    ]
     assert shared == [True, False]
 
 
-# ---------------------------------------------------------------------- errors
+def test_the_gate_counts_what_calls_cost(caplog):
+    """A small group: half the FLOPs, but three calls of the model instead of one."""
+    model = model_of("llama_gqa", torch.float32)
+    prompt, responses = list(range(32)), [[1, 2, 3]] * 3
+    step = SharedPrefix(model, verify="never")
+    with caplog.at_level(logging.WARNING):
+        assert not route(step, prompt, responses)
+    assert step.metrics()["prefix/bound"] > 1.5
+    assert "expected to be 0." in caplog.text and "by FLOPs alone" in caplog.text
+    assert route(without_calls(SharedPrefix(model, verify="never")), prompt, responses)
+    # the dense route would call it 6 times
+    assert route(SharedPrefix(model, wave_tokens=80, verify="never"), prompt * 2, responses * 2)
 
 
-def snapshot(model):
-    return {
-        "grads": [p.grad if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "hooks": [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for m in model.modules()
-        ],
-        "attention": model.config._attn_implementation,
-    }
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("graded", [False, True])
-def test_an_exception_leaves_everything_as_it_was(graded, memory, attention):
-    model = model_of("llama_gqa", torch.float32, attention)
-    prompt, responses, weights = group_of_responses()
-    if graded:
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-    before = snapshot(model)
-    step = SharedPrefix(model, prefix_memory=memory, wave_tokens=8, min_bound=0)
-    with pytest.raises(ZeroDivisionError), step.group(prompt) as g:
-        for i, wave in enumerate(g.waves(responses)):
-            g.backward(loss_of(weights)(g.forward(wave), wave))
-            if i == 1:
-                raise ZeroDivisionError
-    after = snapshot(model)
-    assert after["hooks"] == before["hooks"] and after["attention"] == before["attention"]
-    for a, b in zip(after["grads"], before["grads"], strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
-    assert not g.store.segments and step._open is None
-    with pytest.raises(RuntimeError, match="it is closed"):
-        g.forward(wave)
-    with step.group(prompt) as g:  # and the next group works
-        g.accumulate(responses, loss_of(weights))
-
-
-def test_a_wave_too_large_for_the_memory_is_split(caplog):
-    model = model_of("llama_gqa")
-    prompt, responses, weights = group_of_responses()
-    total, truth = dense_gradient(model, prompt, responses, weights)
-    step = SharedPrefix(model, wave_tokens=1000, min_bound=0, verify="always")
-
-    def small_memory(out, wave):
-        loss = loss_of(weights)(out, wave)
-        if wave.mask.sum() > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss
-
-    model.zero_grad()
-    with caplog.at_level(logging.WARNING), step.group(prompt) as g:
-        assert g.accumulate(responses, small_memory) == pytest.approx(total, abs=1e-10)
-    assert relative_l2(gradient(model), truth) < 1e-12
-    assert "waves of 16 tokens" in caplog.text
-    assert step.metrics()["prefix/unique_tokens"] == 16 + 32
-
-    def in_backward(out, wave):
-        """Parameters of the head have a gradient already when memory runs out."""
-        full.append(wave.mask.sum() > 20)
-        return loss_of(weights)(out, wave)
-
-    def raise_if_full(*_):
-        if full.pop():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        full.append(False)
-
-    full = []
-    hook = model.model.layers[0].register_full_backward_hook(raise_if_full)
-    step = SharedPrefix(model, wave_tokens=1000, min_bound=0)
-    model.zero_grad()
-    with step.group(prompt) as g:
-        g.accumulate(responses, in_backward)
-    hook.remove()
-    assert relative_l2(gradient(model), truth) < 1e-12
-
-
-def test_one_response_that_does_not_fit_is_an_error():
-    step = SharedPrefix(model_of("llama_gqa"), min_bound=0)
-
-    def never(_out, _wave):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError), step.group([1, 2, 3]) as g:
-        g.accumulate([[4, 5], [6]], never)
-
-
-def test_a_wave_that_is_not_taken_backward_is_an_error():
-    """What happens in Lightning's automatic optimisation: the loss is returned, not taken."""
-    model = model_of("llama_gqa")
-    prompt, responses, weights = group_of_responses()
+def test_speedup_is_that_over_the_dense_route():
+    """Not of cold passes of single trajectories: calls have their cost, and there are fewer."""
+    model = model_of("llama_gqa", torch.float32)
     step = SharedPrefix(model, min_bound=0)
-    with pytest.raises(RuntimeError, match="a wave was not taken backward before its group ended"):
-        with step.group(prompt) as g:
-            for wave in g.waves(responses):
-                loss_of(weights)(g.forward(wave), wave)
-    assert all(p.grad is None for p in model.parameters())
-    with step.group(prompt) as g:
-        for wave in g.waves(responses):
-            loss_of(weights)(g.forward(wave), wave).backward()  # without g.backward: as good
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_prompts_and_responses_that_are_none():
-    step = SharedPrefix(model_of("llama_gqa"))
-    prompt = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9, 4]])
-    for bad, options, reason in [
-        (prompt, {}, r"row 2 first differs at token 2: 9, not 3"),
-        ([], {}, r"prompt_ids: expected at least one token id"),
-        ([0.5, 1.0], {}, r"prompt_ids: expected integers, got torch.float32"),
-        ([1, VOCAB], {}, rf"prompt_ids: expected ids in \[0, {VOCAB}\), got {VOCAB}"),
-        (prompt[0], {"attention_mask": torch.tensor([0, 1, 1, 1])}, "left-padded prompt"),
-        (prompt[0], {"attention_mask": torch.tensor([1, 1, 1, 0])}, "prompt_ids: padded prompt"),
-        (prompt[0], {"attention_mask": torch.ones(3)}, r"attention_mask: expected \(4,\)"),
-    ]:
-        with pytest.raises(ValueError, match=reason):
-            step.group(bad, **options)
-    assert step.group(prompt[:2]).tokens == [1, 2, 3, 4]
-    for responses, reason in [
-        (torch.tensor([[1, 2], [3, 0]]), r"responses: expected a list of unpadded ones"),
-        (["ab"], r"responses\[0\]: expected token ids"),
-        ([[1], []], r"responses\[1\]: expected at least one token id"),
-        ([], r"responses: expected at least one, got none"),
-        ([[1, -1]], rf"responses\[0\]: expected ids in \[0, {VOCAB}\), got -1"),
-    ]:
-        with pytest.raises(ValueError, match=reason), step.group([1, 2]) as g:
-            g.waves(responses)
-    with pytest.raises(ValueError, match="loss: expected a scalar tensor with a graph"):
-        with step.group([1, 2]) as g:
-            g.backward(torch.tensor(1.0))
-
-
-def test_groups_are_used_in_their_order():
-    model = model_of("llama_gqa")
-    step = SharedPrefix(model, min_bound=0)
-    wave = Wave(torch.tensor([0]), torch.tensor([[1]]), torch.tensor([[True]]), [[1]])
-    with pytest.raises(RuntimeError, match=r"expected an open one .* it is new"):
-        step.group([1, 2]).forward(wave)
-    with step.group([1, 2]) as g:
-        with pytest.raises(RuntimeError, match="it has no waves yet"):
-            g.forward(wave)
-        with pytest.raises(RuntimeError, match="another group is open"), step.group([1, 2]):
-            pass
-        with step.group([3], parent=g) as branch, pytest.raises(RuntimeError, match="branch of it"):
-            g.waves([[1]])
-        with pytest.raises(RuntimeError, match="entered before"), branch:
-            pass
-        with pytest.raises(RuntimeError, match=r"a branch under torch.no_grad"):
-            with torch.no_grad(), step.group([3], parent=g):
-                pass
-    with pytest.raises(RuntimeError, match=r"opened under torch.no_grad"):
-        with torch.no_grad(), step.group([1, 2, 3]) as g:
-            (wave,) = g.waves([[4]])
-            with torch.enable_grad():
-                g.forward(wave)
-    assert step._open is None
-
-
-def test_options_that_are_none():
-    model = model_of("llama")
-    for options, reason in [
-        ({"prefix_memory": "gpu"}, "prefix_memory: expected keep or recompute or offload"),
-        ({"wave_tokens": 0}, "wave_tokens: expected an int >= 1, got 0"),
-        ({"accum_dtype": torch.bfloat16}, "accum_dtype: expected torch.float32 or torch.float64"),
-        ({"min_bound": -1}, "min_bound: expected a number >= 0"),
-        ({"verify": "last"}, "verify: expected first or never or always"),
-        ({"temperature": 0.0}, "temperature: expected a finite number"),
-        ({"prune": 2.0}, "prune: expected a finite number"),
-        ({"head": "big"}, "head: expected logits or fused"),
-        ({"router_loss": True}, "router_loss: .* has no routers"),
-    ]:
-        with pytest.raises(ValueError, match=reason):
-            SharedPrefix(model, **options)
-    with pytest.raises(ValueError, match="model: expected a transformers causal LM, got Linear"):
-        SharedPrefix(torch.nn.Linear(2, 2))
-
-
-def refused_models():
-    yield "window", lambda: model_of("mistral", sliding_window=25), "sliding window of 25"
-    yield "gemma3", lambda: model_of("gemma3", sliding_window=25), "sliding_attention.*25 tokens"
-    yield (
-        "rope",
-        lambda: model_of(
-            "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-        ),
-        "rope type 'dynamic'",
-    )
-    yield (
-        "longrope",
-        lambda: model_of(
-            "llama",
-            rope_parameters={
-                "rope_type": "longrope",
-                "factor": 2.0,
-                "rope_theta": 1e4,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 8,
-            },
-        ),
-        "rope type 'longrope'",
-    )
-    yield (
-        "dropout",
-        lambda: model_of("gpt2", resid_pdrop=0.1).train(),
-        r"dropout of 0.1 at transformer\.h",
-    )
-    yield (
-        "attention_dropout",
-        lambda: model_of("llama", attention_dropout=0.1).train(),
-        "attention_dropout is 0.1",
-    )
-    yield (
-        "jitter",
-        lambda: model_of("qwen3_moe", router_jitter_noise=0.1).train(),
-        "router_jitter_noise",
-    )
-    yield "capacity", lambda: model_of("qwen3_moe", expert_capacity=2), "limited capacity"
-    yield "choice", lambda: model_of("qwen3_moe", router_type="expert_choice"), "expert choice"
-    yield "softcap", lambda: model_of("gemma3", attn_logit_softcapping=5.0), "scores capped at 5.0"
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"), [r[1:] for r in refused_models()], ids=[r[0] for r in refused_models()]
-)
-def test_models_that_sharing_would_change_are_refused(make, reason):
-    prompt, responses, _ = group_of_responses()
-    with pytest.raises(ValueError, match=reason):
-        step = SharedPrefix(make(), min_bound=0)
-        with step.group(prompt) as g:
-            g.waves(responses)
-
-
-def test_a_layer_without_attention_is_refused():
-    config = Lfm2Config(**_SMALL, layer_types=["conv", "full_attention"])
-    model = Lfm2ForCausalLM(config).eval()
-    with pytest.raises(ValueError, match=r"expected full attention in every layer, got .*conv"):
-        SharedPrefix(model)
-
-
-class Mixer(torch.nn.Module):
-    """Mixes tokens without attention: a running mean."""
-
-    def forward(self, hidden_states, **_):
-        counts = torch.arange(1, hidden_states.shape[1] + 1)[:, None]
-        return hidden_states.cumsum(1) / counts, None
-
-
-def test_a_layer_that_does_not_attend_is_refused():
-    model = model_of("llama")
-    model.model.layers[1].self_attn = Mixer()
-    with pytest.raises(ValueError, match="2 layers, but 1 of them called transformers' attention"):
-        with SharedPrefix(model, min_bound=0).group([1, 2, 3]) as g:
-            g.waves([[4], [5]])
-
-
-def test_a_layer_that_attends_twice_is_refused():
-    sizes = {k: v for k, v in _SMALL.items() if k != "head_dim"}
-    model = DiffLlamaForCausalLM(DiffLlamaConfig(**sizes)).eval()
-    with pytest.raises(ValueError, match="a layer calls attention twice"):
-        with SharedPrefix(model, min_bound=0).group([1, 2, 3]) as g:
-            g.waves([[4], [5]])
-
-
-def test_a_mask_of_the_models_own_is_refused():
-    class Masking(type(model_of("llama").model.layers[0].self_attn)):
-        def forward(self, hidden_states, attention_mask=None, **kwargs):
-            n = hidden_states.shape[1]
-            own = torch.zeros(1, 1, n, n, dtype=hidden_states.dtype)
-            return super().forward(hidden_states, attention_mask=own, **kwargs)
-
-    model = model_of("llama")
-    model.model.layers[1].self_attn.__class__ = Masking
-    with pytest.raises(ValueError, match="Masking makes an attention mask of its own"):
-        with SharedPrefix(model, min_bound=0).group([1, 2, 3]) as g:
-            g.waves([[4], [5]])
-
-
-def test_positions_that_do_not_start_at_zero_are_refused():
-    sizes = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    config = RobertaConfig(**sizes, num_attention_heads=4, is_decoder=True, pad_token_id=1)
-    with pytest.raises(ValueError, match=r"positions of .*position_embeddings start at 2"):
-        SharedPrefix(RobertaForCausalLM(config).eval())
-
-
-def test_layers_that_read_the_keys_of_others():
-    model = model_of("gemma3n", torch.float32)
-    prompt, responses, weights = group_of_responses()
-    _, truth = dense_gradient(model, prompt, responses, weights)
-    for memory in MEMORY:
-        step = SharedPrefix(model, prefix_memory=memory, min_bound=0, verify="always")
-        _, grad = shared_gradient(step, prompt, responses, weights)
-        assert relative_l2(grad, truth) < 1e-5
-    model.config.num_kv_shared_layers = 0  # a model that does not say so
-    with pytest.raises(RuntimeError, match="phase C did not reach the keys or values of"):
-        shared_gradient(SharedPrefix(model, min_bound=0), prompt, responses, weights)
-
-
-def test_wrappers_that_the_phases_would_break_are_refused():
-    model = model_of("llama", torch.float32)
-    with pytest.raises(ValueError, match=r"torch.compile of the whole model"):
-        SharedPrefix(torch.compile(model))
-    handle = model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.raises(ValueError, match=r"lm_head.weight has a post-accumulate-grad hook"):
-        SharedPrefix(model)
-    handle.remove()
-    SharedPrefix(model)
-
-
-def test_router_loss_under_reentrant_checkpointing_is_refused():
-    model = model_of("qwen3_moe", torch.float32)
-    model.activation_checkpointing_enable({"use_reentrant": True})
-    model.train()
-    step = SharedPrefix(model, router_loss=True, min_bound=0, verify="never")
-    with pytest.raises(ValueError, match="reentrant gradient checkpointing hides them"):
-        with step.group([1, 2, 3]) as g:
-            g.accumulate([[4], [5]], lambda out, _: out.logp.sum() + out.router_loss.sum())
-
-
-def test_other_calls_of_the_model_go_on_as_before():
-    model = model_of("llama_gqa")
-    ids = torch.tensor([[0, 0, 3, 4, 5], [1, 2, 3, 4, 5]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    with torch.no_grad():
-        before = copy.deepcopy(model)(ids, attention_mask=mask).logits
-        with SharedPrefix(model, min_bound=0).group([1, 2, 3]) as g:
-            g.statistics([[4, 5], [6]])
-            inside = model(ids, attention_mask=mask).logits
-    assert torch.equal(before, inside) and torch.equal(
-        before, model(ids, attention_mask=mask).logits
-    )
-
-
-def test_offload_moves_each_tensor_once_and_leaves_parameters():
-    model = model_of("llama", torch.float32)
-    store = prefix_phases.PrefixStore(torch.float32)
-    weight, x = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
-    hooks = prefix_phases.Offload([weight, *model.parameters()], store)
-    with hooks:
-        y = (x * 2).exp()
-        z = y * y + y.sin() + y @ weight  # y is saved four times
-    moved = hooks.bytes
-    assert moved == y.numel() * 4
-    z.sum().backward()
-    expected = torch.autograd.grad(
-        ((x * 2).exp().square() + (x * 2).exp().sin() + (x * 2).exp() @ weight).sum(), x
-    )
-    torch.testing.assert_close(x.grad, expected[0], atol=1e-4, rtol=1e-4)
+    for _ in range(3):
+        route(step, list(range(32)), [[1, 2, 3]] * 3)
+        found = step.metrics()
+    assert 0 < found["prefix/speedup"] < 1 < found["prefix/bound"]
 
 
 # Edits that must turn this file red:
 #   prefix.py: _finish without _phase_c                              (no gradient of the prefix)
 #   prefix.py: ids = (last, *response[:-1])  ->  response            (boundary token dropped)
 #   prefix.py: positions start + t           ->  t                   (rope starts anew)
-#   prefix_phases.py: torch.zeros(x.shape)   ->  torch.zeros_like(x) of a transposed view is fine,
+#   prefix_phases.py: torch.zeros(x.shape)   ->  torch.zeros_like(x)  (strides of a view)
 #                     dtype=dtype            ->  key.dtype           (bf16 accumulator)
+#   prefix_phases.py: drop_keys does nothing                         (keys alive in phase C)
+#   prefix.py: _leaves_of yields nothing                             (the loss's own parameters)
+#   prefix_verify.py: _precision of the trained parameters alone     (refuses adapters on bf16)
 #   prefix_phases.py: the segment of `add` replaced when a layer runs again (checkpoint replay)
 #   prefix_router.py: sums + above           ->  sums                (prefix not counted)

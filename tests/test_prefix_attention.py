@@ -209,6 +209,20 @@ def test_segment_without_buffers(backend, device):
 
 
 @both_backends
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_buffers_in_float64(backend, dtype, device):
+    case = example(SHAPES["three-segments"], device, dtype=dtype)
+    narrow = run(case, backend)
+    segments = [
+        PrefixSegment(*s[:2], s.grad_key.double(), s.grad_value.double()) for s in segments_of(case)
+    ]
+    wide = run(case, backend, segments)
+    for name, x in wide.items():
+        assert x.dtype == (FP64 if " of " in name else dtype)
+        torch.testing.assert_close(x.to(narrow[name].dtype), narrow[name], rtol=1e-6, atol=1e-6)
+
+
+@both_backends
 def test_segments_are_one_prefix(backend, device):
     """The same tokens in one segment or in three."""
     case = example(SHAPES["three-segments"], device)
@@ -383,8 +397,8 @@ STRIDED = torch.zeros(5, 8, 2).transpose(1, 2)
         ({"prefixes": [PrefixSegment(P.half(), P)]}, r"prefixes\[0\].key: .*got torch.float16"),
         ({"prefixes": [PrefixSegment(P, P.to("meta"))]}, r"query on cpu.*\[0\].value on meta"),
         (
-            {"prefixes": [PrefixSegment(P, P), PrefixSegment(P, P, P, P.double())]},
-            r"prefixes\[1\].grad_value: expected torch.float32, got torch.float64",
+            {"prefixes": [PrefixSegment(P, P), PrefixSegment(P, P, P, P.half())]},
+            r"prefixes\[1\].grad_value: expected torch.float32, got torch.float16",
         ),
         ({"scale": 0.0}, r"scale: .*got 0.0"),
         ({"backend": "cuda"}, r"backend: expected fused, triton or None, got 'cuda'"),

@@ -5,6 +5,9 @@ import torch
 import torch.multiprocessing as mp
 from prefix_cases import dense_gradient, relative_l2
 from prefix_workers import groups_of, model_of, run
+from tiny_models import causal_lm
+
+from trimtab.rl.prefix import SharedPrefix
 
 MEMORY = ["keep", "recompute", "offload"]
 CASES = [("ddp", m) for m in MEMORY]
@@ -34,6 +37,16 @@ def test_gradient_is_that_of_one_process(ranks, truth, case):
 
 def test_the_route_is_the_same_on_all_ranks(ranks):
     assert [found["route"] for found in ranks] == [0.0, 0.0]
+
+
+def test_mixed_precision_of_fsdp2_is_verified_as_bf16(ranks):
+    """Its parameters are fp32 for all but the model. The bound is of a rank's own FLOPs."""
+    step = SharedPrefix(causal_lm("llama_gqa", num_hidden_layers=6), min_bound=0, verify="never")
+    with step.group(range(60)) as g:
+        g.accumulate([list(range(20))] * 8, lambda out, _: out.logp.sum())
+    bound = step.metrics()["prefix/bound"]
+    for found in ranks:
+        assert found["mixed"] == (True, pytest.approx(bound))
 
 
 def test_log_probabilities_of_a_sharded_model(ranks):

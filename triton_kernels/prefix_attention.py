@@ -39,7 +39,8 @@ class PrefixSegment(NamedTuple):
     Args:
         key: [P, Hk, D]; any strides but 1 along D.
         value: [P, Hk, D].
-        grad_key: [P, Hk, D] fp32 (fp64 for fp64 keys), added to in backward; None: not wanted.
+        grad_key: [P, Hk, D] fp32 (fp64 for fp64 keys, and allowed for any), added to in backward;
+            None: not wanted.
         grad_value: as `grad_key`; both or neither.
     """
 
@@ -220,7 +221,7 @@ def _check(
         raise ValueError(f"packing: {packing.tokens} tokens, but query has {tokens}")
     if packing.device != query.device:
         raise ValueError(f"packing on {packing.device}, but query on {query.device}")
-    buffer_dtype = torch.promote_types(query.dtype, torch.float32)
+    least = torch.promote_types(query.dtype, torch.float32)
     for i, segment in enumerate(prefixes):
         shape = (segment.key.shape[0], *key.shape[1:])
         if shape[0] == 0:
@@ -230,8 +231,11 @@ def _check(
         for name, x in segment._asdict().items():
             if x is None:
                 continue
-            name, buffer = f"prefixes[{i}].{name}", name.startswith("grad")
-            _check_like(x, query, name, buffer_dtype if buffer else query.dtype)
+            wanted = query.dtype
+            if name.startswith("grad"):
+                wanted = torch.float64 if x.dtype == torch.float64 else least
+            name = f"prefixes[{i}].{name}"
+            _check_like(x, query, name, wanted)
             if x.shape != shape:
                 raise ValueError(f"{name}: expected {shape}, got {tuple(x.shape)}")
 
