@@ -270,7 +270,7 @@ class MegatronSharedPrefix:
                     with timed("prefix_forward"):
                         self._schedule([prefix], _no_loss, False)
                     self._check_layers(store)
-                    metrics.add_prefix(len(prefix.ids), store.bytes, 0.0)
+                    metrics.add_prefix(len(prefix.ids), store.bytes, 0.0, 0.0)
                     with timed("waves"):
                         found = self._schedule(waves, loss_of_wave, train)
                     if train:
@@ -297,6 +297,7 @@ class MegatronSharedPrefix:
             dense=dense,
             dense_calls=dense_calls,
             shared=waves + once,
+            shared_calls=calls,
             logical=logical,
             unique=sum(lengths) if shared else logical,
             is_shared=shared,

@@ -168,7 +168,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self._flops.zero_()
         if self.model in self._steps:
             # a group's tokens and speed-up would count its forward pass without a graph, too
-            left_out = ("prefix/bound", "prefix/speedup")
+            left_out = ("prefix/bound", "prefix/expected", "prefix/speedup")
             for name, value in self._steps[self.model].metrics().items():
                 if not name.endswith("_tokens") and name not in left_out:
                     found[name] = value

@@ -372,7 +372,12 @@ class PrefixGroup:
             result, phase = self._prefix_pass()
         step.host.check_layers(len(self.store.segments))
         root.attended |= phase.dtypes
-        root.metrics.add_prefix(len(self.ids), self.store.bytes, self._prefix_flops())
+        root.metrics.add_prefix(
+            len(self.ids),
+            self.store.bytes,
+            self._prefix_flops(),
+            self._prefix_passes() * step.cost.call,
+        )
         self._first_pass = (result, phase) if keep else None
         self._leave_own(result)
 
@@ -502,6 +507,7 @@ class PrefixGroup:
             dense=dense,
             dense_calls=dense_calls,
             shared=waves if self.shared else waves + once,
+            shared_calls=calls if self.shared else calls + once_calls,
             logical=sum(prefix + n for n in lengths),
             unique=sum(lengths) if self.shared else sum(prefix + n for n in lengths),
             is_shared=bool(self.shared),

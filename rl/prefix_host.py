@@ -235,11 +235,9 @@ class TransformersHost:
             tokens[row, : len(response)] = torch.tensor(response)
         group = torch.zeros(len(responses), dtype=torch.long)
         rows = dense_rows([context], tokens, lengths, group)
-        kept = torch.arange(rows.first, rows.ids.shape[1], device=self.device)
         labels = [token for response in responses for token in response]
-        where = rows.row, rows.column - rows.first
         with self.recorder.recording() if self.recorder else nullcontext() as logits:
-            stats = self._statistics(self._always | rows.inputs, kept, labels, where)
+            stats = self._statistics(self._always | rows.inputs, rows.kept, labels, rows.pick)
         router = None
         if self.recorder:
             assert len(responses) == 1, "padding would count"
@@ -265,14 +263,13 @@ class TransformersHost:
         inputs: dict[str, Any],
         kept: Sequence[int] | Tensor,
         labels: Sequence[int],
-        where: tuple[Tensor, Tensor] | None = None,
+        pick: Callable[[Tensor], Tensor] = lambda x: x[0],
     ) -> TokenStats:
         kept = torch.as_tensor(kept, device=self.device)
-        where = (0,) if where is None else where
         labels = torch.tensor(labels, device=self.device)
         options = {"temperature": self.temperature, "prune": self.prune}
         if self.head == "logits":
-            return token_stats(logits_at(self.model, inputs, kept)[where], labels, **options)
+            return token_stats(pick(logits_at(self.model, inputs, kept)), labels, **options)
         hidden, head = hidden_at(self.model, inputs, kept)
         options |= {"bias": head.bias, "softcap": head.softcap}
-        return linear_token_stats(hidden[where], head.weight, labels, **options)
+        return linear_token_stats(pick(hidden), head.weight, labels, **options)

@@ -130,7 +130,7 @@ class PrefixMetrics:
     def __init__(self, dense_rate: float | None = None) -> None:
         self.dense_rate = dense_rate
         self.groups = self.shared_groups = 0
-        self.dense_flops = self.dense_calls = self.shared_flops = 0.0
+        self.dense_flops = self.dense_calls = self.shared_flops = self.shared_calls = 0.0
         self.logical_tokens = self.unique_tokens = self.hot_bytes = 0
         self.seconds = dict.fromkeys(("prefix_forward", "waves", "prefix_backward"), 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -153,11 +153,12 @@ class PrefixMetrics:
         finally:
             self.seconds[phase] += time.perf_counter() - started
 
-    def add_prefix(self, tokens: int, hot_bytes: int, flops: float) -> None:
-        """A prefix that was computed once."""
+    def add_prefix(self, tokens: int, hot_bytes: int, flops: float, calls: float) -> None:
+        """A prefix that was computed once; `calls` as in `add_waves`."""
         self.unique_tokens += tokens
         self.hot_bytes += hot_bytes
         self.shared_flops += flops
+        self.shared_calls += calls
 
     def add_waves(
         self,
@@ -165,13 +166,16 @@ class PrefixMetrics:
         dense: float,
         dense_calls: float,
         shared: float,
+        shared_calls: float,
         logical: int,
         unique: int,
         is_shared: bool,
     ) -> None:
-        """One pass over responses: FLOPs and tokens with a prompt each, and with one for all."""
+        """One pass over responses: FLOPs, what calls cost beside them (as FLOPs) and tokens, with a
+        prompt each and with one for all."""
         self.dense_flops += dense
         self.dense_calls += dense_calls
+        self.shared_calls += shared_calls
         self.shared_flops += shared
         self.logical_tokens += logical
         self.unique_tokens += unique
@@ -182,7 +186,7 @@ class PrefixMetrics:
         """Another group's; `hot_bytes` is the largest, the rest adds up."""
         for name in (
             "groups", "shared_groups", "dense_flops", "dense_calls", "shared_flops",
-            "logical_tokens", "unique_tokens",
+            "shared_calls", "logical_tokens", "unique_tokens",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.hot_bytes = max(self.hot_bytes, other.hot_bytes)
@@ -196,6 +200,7 @@ class PrefixMetrics:
         Returns:
             prefix/bound: FLOPs with a prompt each over those with one prompt for all: at most so
                 many times as fast.
+            prefix/expected: the same with what calls of the model cost, which decides the route.
             prefix/shared: share of the groups that ran with one prompt.
             prefix/logical_tokens, unique_tokens, saved_tokens: tokens of all trajectories, tokens
                 computed (once, even if forward ran twice), and the difference; each `waves`,
@@ -211,8 +216,12 @@ class PrefixMetrics:
         self._events.clear()
         if not self.groups:
             return {}
+        expected, bound = expected_gain(
+            self.dense_flops, self.dense_calls, self.shared_flops, self.shared_calls
+        )
         found = {
-            "prefix/bound": self.dense_flops / max(self.shared_flops, 1.0),
+            "prefix/bound": bound,
+            "prefix/expected": expected,
             "prefix/shared": self.shared_groups / self.groups,
             "prefix/logical_tokens": self.logical_tokens,
             "prefix/unique_tokens": self.unique_tokens,

@@ -58,8 +58,7 @@ def response_logits(
         Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
     """
     rows = _rows(model, prompts, tokens, mask, group_index, route)
-    kept = torch.arange(rows.first, rows.ids.shape[1], device=tokens.device)
-    return logits_at(model, rows.inputs, kept)[rows.row, rows.column - rows.first]
+    return rows.pick(logits_at(model, rows.inputs, rows.kept))
 
 
 class Head(NamedTuple):
@@ -110,9 +109,8 @@ def response_hidden(
         Shared-prefix training, arXiv 2606.01143; differs from the paper: one graph per group.
     """
     rows = _rows(model, prompts, tokens, mask, group_index, route)
-    kept = torch.arange(rows.first, rows.ids.shape[1], device=tokens.device)
-    hidden, head = hidden_at(model, rows.inputs, kept)
-    return hidden[rows.row, rows.column - rows.first], head
+    hidden, head = hidden_at(model, rows.inputs, rows.kept)
+    return rows.pick(hidden), head
 
 
 def logits_at(model: PreTrainedModel, inputs: dict[str, Any], kept: Tensor) -> Tensor:
@@ -201,7 +199,7 @@ class Rows:
     """Model input: ids, positions and segments [R, L]; and where each response token is predicted.
 
     segment: 0 in the prefix, i > 0 in the i-th response of the row, -1 in the padding.
-    row, column: [N] where the logits of each response token stand; first: least of the columns.
+    kept: [K] columns from the first on at which some row predicts a response token.
     inputs: keyword arguments of the model, those of a causal model over `ids` unless more are set.
     """
 
@@ -210,10 +208,17 @@ class Rows:
         self.ids = _padded(ids, 0, device)
         self.position = _padded(position, 0, device)
         self.segment = _padded(segment, -1, device)
-        places = torch.tensor(where, device=device)
-        self.row, self.column = places[:, 0], places[:, 1]
-        self.first = min(column for _, column in where)
+        first, width = min(column for _, column in where), self.ids.shape[1]
+        self.kept = torch.arange(first, width, device=device)
+        index = [row * (width - first) + column - first for row, column in where]
+        whole = index == list(range(len(ids) * (width - first)))
+        self._index = None if whole else torch.tensor(index, device=device)
         self.inputs = {"input_ids": self.ids, "attention_mask": None, "position_ids": None}
+
+    def pick(self, x: Tensor) -> Tensor:
+        """[N, ..] of [R, K, ..]: where each response token is predicted; a view if it is all."""
+        flat = x.flatten(0, 1)
+        return flat if self._index is None else flat.index_select(0, self._index)
 
 
 def packed_rows(

@@ -486,6 +486,10 @@ def test_metrics():
     own = sum(layers(n, 16) + head * n for n in LENGTHS)
     dense = 3 * (6 * layers(16, 0) + own)
     assert found["prefix/bound"] == pytest.approx(dense / (4 * layers(16, 0) + 3 * own))
+    # a call counts as 4e7 FLOPs a layer and 60 tokens: 3 passes of a wave, 4 of the prefix
+    call = 2 * 4e7 + 60 * token
+    expected = (dense + 3 * call) / (4 * layers(16, 0) + 3 * own + 7 * call)
+    assert found["prefix/expected"] == pytest.approx(expected)
     assert found["prefix/shared"] == 1
     assert found["prefix/logical_tokens"] == 2 * (6 * 16 + 32)
     assert found["prefix/unique_tokens"] == 2 * (16 + 32)
