@@ -69,7 +69,7 @@ class SharedPrefix:
             nothing of it and runs the prefix forward again; "offload" keeps it in CPU memory (not
             under FSDP2).
         wave_tokens: most tokens of a wave; a longer response is a wave of its own. Default: 16384,
-            on a CPU 512 (more leave its caches).
+            on a CPU 384 (more leave its caches, and need more memory than dense training).
         accum_dtype: of the prefix's gradient buffers, or that of the keys if wider.
         min_bound: a group that is expected to gain less, by its FLOPs and what calls of the model
             cost beside them, runs densely: each response with its own prompt, `wave_tokens` at a
@@ -116,7 +116,7 @@ class SharedPrefix:
                 "offload would copy, got 'offload'"
             )
         if wave_tokens is None:
-            wave_tokens = 512 if self.host.device.type == "cpu" else 16384
+            wave_tokens = 384 if self.host.device.type == "cpu" else 16384
         self.prefix_memory, self.wave_tokens = prefix_memory, wave_tokens
         self.accum_dtype, self.min_bound, self.verify = accum_dtype, min_bound, verify
         self.router_loss = router_loss
