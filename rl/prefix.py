@@ -122,7 +122,7 @@ class SharedPrefix:
         self.router_loss = router_loss
         self.cost = ForwardCost.of(self.host.inner, self.host.config)
         self.totals = PrefixMetrics()
-        self.ranks = Ranks(self.host.model, self.host.sharded)
+        self.ranks = Ranks(self.host.model, self.host.sharded, self.host.replicas)
         self._verified = self._said_dense = False
         self._open: PrefixGroup | None = None
 
@@ -160,10 +160,12 @@ class SharedPrefix:
                 g.accumulate([], lambda out, _: out.logp.sum(), joint=joint)
 
     def all_reduce_gradients(self, *, average: bool = True) -> None:
-        """Adds up `.grad` over the processes, once after all groups of a step (DDP).
+        """Adds up the model's `.grad` over its replicas, once after all groups of a step (DDP).
 
         The phases run without DDP's own synchronisation, which would act after each wave. Under
-        FSDP2 gradients are averaged by phase C, and this does nothing.
+        FSDP2 gradients are averaged by phase C, and this does nothing. Replicas are the processes
+        of DistributedDataParallel, or all. Parameters of a loss that are not the model's are the
+        caller's to add up.
 
         Args:
             average: divide by the number of processes, as DDP does.
@@ -205,7 +207,8 @@ class PrefixGroup:
     """One prompt, or a branch of one; made by `SharedPrefix.group`.
 
     On an error inside the `with` block, gradients are what they were before the outermost group,
-    also those of other parameters that a loss has used. Until the block ends, `.grad` holds this
+    also those of other parameters that a loss has used (unless reentrant checkpointing hides them
+    from its graph). Until the block ends, `.grad` holds this
     group's alone: zero gradients, clip and step outside.
 
     Args:
@@ -247,6 +250,10 @@ class PrefixGroup:
         self.context = context + self.tokens
         # inputs whose keys and values the responses see; the last token is each response's first
         self.ids = (context[-1:] + self.tokens)[:-1]
+        # a rank of FSDP2 without a prefix computes one that nobody sees, as others compute theirs
+        self._stands_in = step.host.sharded and not self.ids
+        if self._stands_in:
+            self.ids = self.tokens
         self.train = torch.is_grad_enabled() if parent is None else parent.train
         self.device = step.host.device
         self.store = PrefixStore(step.accum_dtype if self.train else None)
@@ -384,14 +391,14 @@ class PrefixGroup:
     def _prefix_pass(self) -> tuple[ForwardResult, Phase]:
         path = [] if self.parent is None else self.parent._path()
         phase = Phase(path, Packing([len(self.ids)], self.device), self.store, len(self.context))
-        start = len(self.context) - 1 - len(self.ids)
+        start = max(0, len(self.context) - 1 - len(self.ids))
         positions = list(range(start, start + len(self.ids)))
         labels = None if self.parent is None else self.tokens
         return self.step.host.forward(self.ids, positions, phase, labels), phase
 
     def _path(self) -> list[PrefixStore]:
         above = [] if self.parent is None else self.parent._path()
-        return [*above, self.store] if self.ids else above
+        return [*above, self.store] if self.ids and not self._stands_in else above
 
     def _leave_own(self, result: ForwardResult) -> None:
         """What losses take of the prefix pass, cut off from its graph; phase C goes on there."""
@@ -485,11 +492,13 @@ class PrefixGroup:
         cost, prefix = step.cost, len(self.context) - 1
         train = self.train and torch.is_grad_enabled()
         dense, waves = cost.group(prefix, lengths, train)
-        dense_calls = cost.calls(len(self._rows(lengths, False)), train)
-        count = len(self._rows(lengths, True))
+        dense_count, count = (len(self._rows(lengths, shared)) for shared in (False, True))
+        dense_calls = cost.calls(dense_count, train)
         calls = cost.calls(count, train)
         if joint and count > 1:  # each runs forward once more
             waves, calls = waves * 4 / 3, calls * 4 / 3
+        if joint and dense_count > 1:
+            dense, dense_calls = dense * 4 / 3, dense_calls * 4 / 3
         once = once_calls = 0.0
         if not self._computed:
             once, once_calls = self._prefix_flops(), self._prefix_passes() * cost.call
@@ -501,7 +510,7 @@ class PrefixGroup:
                 self._share()
             else:
                 self.shared = False
-                if self.ids:
+                if prefix and lengths:
                     step._say_dense(gain, bound, prefix, lengths)
         metrics.add_waves(
             dense=dense,
@@ -520,7 +529,7 @@ class PrefixGroup:
         return split_rows([before + n for n in lengths], 1 if alone else self.wave_tokens)
 
     def _prefix_flops(self) -> float:
-        before = len(self.context) - 1 - len(self.ids)
+        before = max(0, len(self.context) - 1 - len(self.ids))
         return self._prefix_passes() * self.step.cost.layers(len(self.ids), before)
 
     def _prefix_passes(self) -> int:

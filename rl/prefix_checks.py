@@ -121,7 +121,7 @@ def response_tokens(
 
 def _is_list(x: object) -> bool:
     """Whether it has elements: a 0-d tensor has none."""
-    return x.ndim > 0 if isinstance(x, Tensor) else isinstance(x, Sequence | np.ndarray)
+    return x.ndim > 0 if isinstance(x, Tensor | np.ndarray) else isinstance(x, Sequence)
 
 
 def _tensor(ids: Sequence[int] | Tensor, name: str) -> Tensor:
@@ -136,6 +136,7 @@ def _ids(ids: Tensor, name: str, vocabulary: int | None) -> list[int]:
         raise ValueError(f"{name}: expected at least one token id, got shape {tuple(ids.shape)}")
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+    ids = ids.long()
     if vocabulary is not None and not bool(((ids >= 0) & (ids < vocabulary)).all()):
         outside = ids[(ids < 0) | (ids >= vocabulary)]
         raise ValueError(f"{name}: expected ids in [0, {vocabulary}), got {int(outside[0])}")

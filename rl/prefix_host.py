@@ -112,8 +112,9 @@ class TransformersHost:
         prune: float | None,
         router_loss: bool,
     ) -> None:
+        self.replicas = None
         if isinstance(model, DistributedDataParallel):
-            model = model.module
+            model, self.replicas = model.module, model.process_group
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if isinstance(model, torch._dynamo.OptimizedModule):
             raise ValueError("model: torch.compile of the whole model, expected the model itself")
@@ -121,7 +122,7 @@ class TransformersHost:
             raise ValueError(
                 f"model: expected a transformers causal LM, got {type(model).__name__}"
             )
-        self.model, self.inner = model, inner
+        self.model, self.inner, self.sharded = model, inner, is_sharded(model)
         self.config = inner.config.get_text_config()
         refuse_unsupported(inner, 1)
         refuse_for_phases(model, self.config)
@@ -137,10 +138,6 @@ class TransformersHost:
                     "shared prefix: the model has output_router_logits, but groups compute no loss "
                     "of the routers without SharedPrefix(.., router_loss=True)"
                 )
-
-    @property
-    def sharded(self) -> bool:
-        return is_sharded(self.inner)
 
     @property
     def device(self) -> torch.device:

@@ -76,7 +76,8 @@ class ForwardCost(NamedTuple):
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         head = model.get_output_embeddings()
         tables.add(id(head.weight))
-        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        experts = next(filter(None, (getattr(config, name, None) for name in names)), None)
         share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1
         token = sum(
             2 * parameter.numel() * (share if ".experts." in name else 1)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .sharding import all_reduce_gradients, take_part_in_backward
@@ -22,21 +23,29 @@ class Ranks:
     Args:
         model: whose calls gather parameters.
         sharded: whether they do.
+        replicas: the processes of a model in DistributedDataParallel; None: all, if there are any.
     """
 
-    def __init__(self, model: PreTrainedModel, sharded: bool) -> None:
-        self.model, self.sharded = model, sharded
+    def __init__(
+        self, model: PreTrainedModel, sharded: bool, replicas: dist.ProcessGroup | None
+    ) -> None:
+        self.model, self.sharded, self.replicas = model, sharded, replicas
         if sharded and not isinstance(model, FSDPModule):
             raise ValueError(
                 "model: expected fully_shard on the whole model, too, not only on parts"
             )
+        self.reshard()
+        mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+        # of a mesh of several dimensions (HSDP), one after the other
+        self._groups = [] if mesh is None else [mesh.get_group(i) for i in range(mesh.ndim)]
 
     def sums(self, *values: float) -> tuple[float, ...]:
         """Each value's sum over the processes."""
         if not self.sharded:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self._device())
-        dist.all_reduce(total)
+        for group in self._groups:
+            dist.all_reduce(total, group=group)
         return tuple(total.tolist())
 
     def most(self, count: float) -> float:
@@ -44,7 +53,8 @@ class Ranks:
         if not self.sharded:
             return count
         most = torch.tensor(count, dtype=torch.float64, device=self._device())
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        for group in self._groups:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
         return type(count)(most)
 
     def synchronize(self, on: bool) -> None:
@@ -80,9 +90,9 @@ class Ranks:
                         parameter._unsharded_param.grad = None
 
     def all_reduce(self, parameters: Sequence[nn.Parameter], average: bool) -> None:
-        """Sums or averages gradients over all processes, unless the model is sharded."""
+        """Sums or averages gradients over the replicas, unless the model is sharded."""
         if not self.sharded and dist.is_initialized():
-            all_reduce_gradients(parameters, average=average)
+            all_reduce_gradients(parameters, average=average, process_group=self.replicas)
 
     def _device(self) -> torch.device:
         return torch.device(self.model.device)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -32,8 +32,10 @@ def shard_policy(policy: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(policy: PreTrainedModel) -> bool:
-    """Whether the policy's parameters are DTensors."""
-    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+    """Whether the policy's parameters are spread over processes, gathered or not at the moment."""
+    return any(isinstance(module, FSDPModule) for module in policy.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in policy.parameters()
+    )
 
 
 def full_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -62,12 +64,18 @@ def take_part_in_backward(policy: PreTrainedModel) -> None:
         (logits.float().sum() * 0.0).backward()
 
 
-def all_reduce_gradients(parameters: Sequence[nn.Parameter], *, average: bool) -> None:
-    """Adds up `.grad` over all processes, with one collective; a missing one counts as zero.
+def all_reduce_gradients(
+    parameters: Sequence[nn.Parameter],
+    *,
+    average: bool,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Adds up `.grad` over processes, with one collective a dtype; a missing one counts as zero.
 
     Args:
         parameters: replicated, in the same order everywhere.
         average: divide by the number of processes.
+        process_group: of the replicas; None: all processes.
     """
     parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
@@ -76,8 +84,8 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter], *, average: bool) -
     for dtype in {p.dtype: None for p in parameters}:
         chosen = [p for p in parameters if p.dtype == dtype]
         flat = torch.cat([p.grad.flatten() for p in chosen])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=process_group)
         if average:
-            flat /= dist.get_world_size()
+            flat /= dist.get_world_size(process_group)
         for p, grad in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
             p.grad.copy_(grad.view_as(p))

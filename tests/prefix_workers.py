@@ -34,6 +34,10 @@ def groups_of(rank):
     ]
 
 
+def no_prefix_on_rank_1(rank):
+    return group_of_responses((17, 1)[rank], ((5, 3, 4, 4), (4, 2))[rank], seed=rank)
+
+
 def full_gradient(model):
     grads = [p.grad for p in model.parameters()]
     return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
@@ -82,6 +86,58 @@ def run(rank, world, folder):
     found["fsdp2", "dense"] = full_gradient(model)
     found["route"] = step.metrics()["prefix/shared"]
 
+    mesh = init_device_mesh("cpu", (2,))
+    for name, memory, units in (
+        ("root alone", "recompute", lambda m: [m]),
+        ("root alone, keep", "keep", lambda m: [m]),
+        ("whole after forward", "recompute", lambda m: [*m.model.layers, m]),
+        ("whole after forward, keep", "keep", lambda m: [*m.model.layers, m]),
+        ("hybrid", "recompute", lambda m: [*m.model.layers, m]),
+    ):
+        model = model_of()
+        whole = {"reshard_after_forward": False} if name.startswith("whole") else {}
+        grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        for module in units(model):
+            fully_shard(module, mesh=grid if name == "hybrid" else mesh, **whole)
+        model(torch.tensor([[1, 2]]))  # parameters of the root are whole now
+        options = dict(prefix_memory=memory, wave_tokens=8, min_bound=0, verify="always")
+        train(SharedPrefix(model, **options), rank)
+        found["fsdp2", name] = full_gradient(model)
+
+    for name, memory, bound in (
+        ("no prefix", "recompute", 0),
+        ("no prefix, keep", "keep", 0),
+        ("no prefix, dense", "keep", 100),
+    ):
+        model = sharded_model()
+        step = SharedPrefix(model, prefix_memory=memory, min_bound=bound, verify="always")
+        prompt, responses, weights = no_prefix_on_rank_1(rank)
+        with step.group(prompt) as g:
+            g.accumulate(responses, loss_of(weights))
+        found["fsdp2", name] = full_gradient(model)
+        with torch.no_grad(), step.group(prompt) as g:
+            found["logp", name] = g.statistics(responses).logp
+
+    model = sharded_model()  # rank 1 has nothing to say on
+    step = SharedPrefix(model, min_bound=100)
+    if rank == 0:
+        with step.group([1, 2, 3]) as g:
+            g.accumulate([[4], [5]], lambda out, _: out.logp.sum())
+    else:
+        step.idle_group()
+    found["idle first"] = float(full_gradient(model).norm())
+
+    step = SharedPrefix(sharded_model(), min_bound=0, verify="always")
+    signs = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
+    with step.group(range(20)) as g:  # equal responses, whose gradients cancel
+        g.accumulate([[1, 2, 3]] * 8, lambda out, w: (signs[w.rows, None] * out.logp).sum())
+    found["cancelled"] = float(full_gradient(step.host.model).norm())
+
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    model = model_of()
+    train(SharedPrefix(DistributedDataParallel(model, process_group=alone), min_bound=0), rank)
+    found["own replicas"] = full_gradient(model)
+
     mixed = causal_lm("llama_gqa", num_hidden_layers=6, initializer_range=0.1)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in (*mixed.model.layers, mixed):
@@ -90,6 +146,7 @@ def run(rank, world, folder):
         g.accumulate([list(range(i, i + 20)) for i in range(8)], lambda out, _: out.logp.sum())
     found["mixed"] = g.step._verified, g.step.metrics()["prefix/bound"]
 
+    model = sharded_model()
     step = SharedPrefix(model, wave_tokens=8, min_bound=0)
     (prompt, responses, weights), _ = groups_of(rank)
     with torch.no_grad(), step.group(prompt) as g:

@@ -557,6 +557,39 @@ def test_verification_runs_once_and_waits_for_a_gradient(monkeypatch):
         assert len(calls) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("equal", [8, 7])
+def test_verification_of_gradients_that_cancel(equal, dtype):
+    """Equal responses whose rewards differ: only rounding is left of their gradients."""
+    for seed in range(3):
+        model = causal_lm("llama_gqa", seed=seed, num_hidden_layers=6, initializer_range=0.1)
+        prompt, (one, other), _ = group_of_responses(40, (24, 2), seed=seed)
+        responses = [one] * equal + [[*one[:-2], *other]] * (8 - equal)
+        weights = [torch.full((24,), (-1.0) ** i, dtype=torch.float64) for i in range(8)]
+        step = SharedPrefix(model.to(dtype), min_bound=0, verify="always")
+        with step.group(prompt) as g:
+            g.accumulate(responses, loss_of_logp(weights))
+
+
+def loss_of_logp(weights):
+    def loss(out, wave):
+        return (torch.stack([weights[i] for i in wave.rows]).to(out.logp) * out.logp).sum()
+
+    return loss
+
+
+def test_verification_still_refuses_where_gradients_cancel(monkeypatch):
+    monkeypatch.setattr(prefix_phases.Phase, "attend", drop_values)
+    prompt, (one, two), _ = group_of_responses(40, (24, 24))
+    weights = [torch.full((24,), (-1.0) ** i, dtype=torch.float64) for i in range(4)]
+    model = causal_lm("llama_gqa")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    step = SharedPrefix(model.train(), min_bound=0)
+    with pytest.raises(RuntimeError, match="not that of its trajectories"):
+        with step.group(prompt) as g:
+            g.accumulate([one, one, one, two], loss_of_logp(weights))
+
+
 def test_a_loss_that_is_not_finite_is_for_the_loop_to_skip():
     model = model_of("llama_gqa")
     step = SharedPrefix(model, min_bound=0)
@@ -586,15 +619,15 @@ def without_calls(step):
     return step
 
 
-def test_the_gate_counts_the_second_pass_of_a_joint_loss():
-    model = model_of("llama_gqa")
+@pytest.mark.parametrize(("wave_tokens", "times"), [(1000, 1.0), (20, 4 / 3)])
+def test_the_gate_counts_the_second_pass_of_a_joint_loss(wave_tokens, times):
+    """On both routes, if they have several waves."""
     prompt, responses, _ = group_of_responses()
-    options = dict(wave_tokens=8, min_bound=1.9, verify="never")
-    shared = [
-        route(without_calls(SharedPrefix(model, **options)), prompt, responses, joint=joint)
-        for joint in (False, True)
-    ]
-    assert shared == [True, False]
+    step = SharedPrefix(model_of("llama_gqa"), wave_tokens=wave_tokens, min_bound=0)
+    route(step, prompt, responses, joint=True)
+    dense, own = step.cost.group(16, LENGTHS, True)
+    expected = times * dense / (times * own + 4 * step.cost.layers(16))
+    assert step.metrics()["prefix/bound"] == pytest.approx(expected)
 
 
 def test_the_gate_counts_what_calls_cost(caplog):

@@ -194,7 +194,8 @@ def test_log_sum_exp(backend, device):
     packing = Packing(case.lengths, device)
     _, lse = module.forward(q, torch.zeros_like(k), v, pairs, packing, 0.1)
     seen = torch.cat([torch.arange(1, n + 1) for n in case.lengths]) + 5 + 40 + 16
-    torch.testing.assert_close(lse, seen.to(device).log()[:, None].expand(-1, 4).float())
+    log = torch.log2 if backend == "triton" else torch.log
+    torch.testing.assert_close(lse, log(seen.to(device))[:, None].expand(-1, 4).float())
 
 
 @both_backends

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from prefix_cases import dense_gradient, relative_l2
-from prefix_workers import groups_of, model_of, run
+from prefix_workers import groups_of, model_of, no_prefix_on_rank_1, run
 from tiny_models import causal_lm
 
 from trimtab.rl.prefix import SharedPrefix
@@ -13,6 +13,8 @@ MEMORY = ["keep", "recompute", "offload"]
 CASES = [("ddp", m) for m in MEMORY]
 CASES += [("fsdp2", m, checkpointing) for m in MEMORY[:2] for checkpointing in (False, True)]
 CASES += [("fsdp2", x) for x in ("joint", "joint, dense", "dense", "after an error")]
+CASES += [("fsdp2", x) for x in ("root alone", "root alone, keep", "whole after forward")]
+CASES += [("fsdp2", x) for x in ("whole after forward, keep", "hybrid")]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,41 @@ def test_gradient_is_that_of_one_process(ranks, truth, case):
     assert relative_l2(ranks[0][case], truth) < 1e-12
 
 
+@pytest.mark.parametrize("how", ["no prefix", "no prefix, keep", "no prefix, dense"])
+def test_a_prompt_of_one_token_on_one_rank(ranks, how):
+    groups = [no_prefix_on_rank_1(rank) for rank in range(2)]
+    truth = sum(dense_gradient(model_of(), *group)[1] for group in groups) / 2
+    for rank, found in enumerate(ranks):
+        assert relative_l2(found["fsdp2", how], truth) < 1e-12
+        prompt, responses, _ = groups[rank]
+        expected = log_probabilities(prompt, responses)
+        torch.testing.assert_close(found["logp", how], expected, atol=1e-12, rtol=0)
+
+
+def test_a_rank_that_is_idle_first_and_gradients_that_cancel(ranks):
+    for found in ranks:
+        assert found["idle first"] > 0
+        assert found["cancelled"] < 1e-12
+
+
+def test_replicas_are_those_of_ddp(ranks):
+    for rank, found in enumerate(ranks):
+        own = [group for group in groups_of(rank) if group is not None]
+        truth = sum(dense_gradient(model_of(), *group)[1] for group in own)
+        assert relative_l2(found["own replicas"], truth) < 1e-12
+
+
+def log_probabilities(prompt, responses):
+    """[G, T], 0 at padding."""
+    model = model_of()
+    found = torch.zeros(len(responses), max(map(len, responses)), dtype=torch.float64)
+    for row, response in enumerate(responses):
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logp = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        found[row, : len(response)] = logp.detach()
+    return found
+
+
 def test_the_route_is_the_same_on_all_ranks(ranks):
     assert [found["route"] for found in ranks] == [0.0, 0.0]
 
@@ -52,12 +89,8 @@ def test_mixed_precision_of_fsdp2_is_verified_as_bf16(ranks):
 def test_log_probabilities_of_a_sharded_model(ranks):
     for rank, found in enumerate(ranks):
         prompt, responses, _ = groups_of(rank)[0]
-        model = model_of()
-        for row, response in enumerate(responses):
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-            logp = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-            own = found["logp"][row, : len(response)]
-            torch.testing.assert_close(own, logp, atol=1e-12, rtol=0)
+        expected = log_probabilities(prompt, responses)
+        torch.testing.assert_close(found["logp"], expected, atol=1e-12, rtol=0)
 
 
 def test_an_error_leaves_no_gradient(ranks):

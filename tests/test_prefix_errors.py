@@ -4,6 +4,7 @@ import copy
 import logging
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from prefix_cases import (
@@ -177,6 +178,9 @@ def test_prompts_and_responses_that_are_none():
             step.group(bad, **options)
     for good in (prompt[:2], list(prompt[:2]), prompt[:2].tolist(), prompt[0].numpy()):
         assert step.group(good).tokens == [1, 2, 3, 4]
+    assert step.group(np.array([1, 2], dtype=np.uint16)).tokens == [1, 2]  # as token files are
+    with pytest.raises(ValueError, match=r"prompt_ids: expected at least one token id, got shape"):
+        step.group(np.array(3))
     ones = torch.ones(2, 4)
     assert step.group(prompt[:2], attention_mask=ones).tokens == [1, 2, 3, 4]
     for responses, reason in [

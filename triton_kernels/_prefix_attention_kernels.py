@@ -132,7 +132,8 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """out and lse over a prefix segment (if PREFIX), the own sequence (if OWN), and (if CARRY) what
-    launches before this one have left in `carry` [N, Hq, D] and lse; `scale` in bits."""
+    launches before this one have left in `carry` [N, Hq, D] and lse; `scale` and lse in bits:
+    in nats they would be rounded once more, which shows in large scores."""
     tl.static_assert(BLOCK_N % BLOCK_S == 0)  # tiles of keys before a tile of tokens are whole
     tile = tl.program_id(0)
     h = tl.program_id(1).to(tl.int64)
@@ -147,7 +148,7 @@ def forward_kernel(
     if CARRY:
         acc = _load(carry_ptr + h * D, n, end, stride_on, True, False, D, BLOCK_D)
         total = tl.full((BLOCK_N,), 1.0, tl.float32)
-        top = tl.load(lse_ptrs, mask=n < end, other=0.0) * 1.4426950408889634
+        top = tl.load(lse_ptrs, mask=n < end, other=0.0)
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
@@ -201,7 +202,7 @@ def forward_kernel(
             BLOCK_D,
         )
     _store(out_ptr + h * D, n, end, stride_on, acc / total[:, None], D, BLOCK_D)
-    tl.store(lse_ptrs, (top + tl.log2(total)) * 0.6931471805599453, mask=n < end)
+    tl.store(lse_ptrs, top + tl.log2(total), mask=n < end)
 
 
 @jit
@@ -297,7 +298,7 @@ def query_gradient_kernel(
     numbers = n.to(tl.int64) * heads + h
     q = _load(q_ptr + h * stride_qh, n, end, stride_qn, True, UPCAST, D, BLOCK_D)
     grad = _load(grad_ptr + h * stride_gh, n, end, stride_gn, True, UPCAST, D, BLOCK_D)
-    lse = tl.load(lse_ptr + numbers, mask=n < end, other=0.0) * 1.4426950408889634
+    lse = tl.load(lse_ptr + numbers, mask=n < end, other=0.0)
     if CARRY:
         acc = _load(carry_ptr + h * D, n, end, stride_on, True, False, D, BLOCK_D)
         delta = tl.load(delta_ptr + numbers, mask=n < end, other=0.0)
@@ -388,7 +389,7 @@ def _key_gradients(
 ):
     """dk, dv with the tokens [first, end) of the query heads from the one that the pointers are at.
 
-    CAUSAL: only with tokens that see key s. lse in nats, scale in bits.
+    CAUSAL: only with tokens that see key s. lse and scale in bits.
     """
     blocks = tl.cdiv(end - first, BLOCK_N)
     for i in range(0, REPEATS * blocks):  # one loop, not two, so that its loads are ahead of it
@@ -397,7 +398,7 @@ def _key_gradients(
         numbers = n.to(tl.int64) * heads + h
         # a token beyond the end has queries, gradient and delta of 0: it adds nothing
         q = _load(q_ptr + h * stride_qh, n, end, stride_qn, True, UPCAST, D, BLOCK_D)
-        lse = tl.load(lse_ptr + numbers, mask=n < end, other=0.0) * 1.4426950408889634
+        lse = tl.load(lse_ptr + numbers, mask=n < end, other=0.0)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(x * scale - lse[None, :])
         if CAUSAL:
