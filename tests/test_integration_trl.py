@@ -197,7 +197,7 @@ def test_a_prompt_goes_forward_three_times_an_update(tmp_path):
         with_kwargs=True,
     )
     prompts = ["a" * 60, "b" * 50] * 4
-    options = {"verify": "never", "wave_tokens": 1000}
+    options = {"min_bound": 0, "verify": "never", "wave_tokens": 1000}
     _, _, (log,) = train(
         Shared, tmp_path, model=model, prompts=prompts, options=options,
         gradient_checkpointing=False, shuffle_dataset=False,
