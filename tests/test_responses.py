@@ -69,6 +69,23 @@ def test_exact_in_float64(kind, route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("index", [[0, 0, 1, 1], [1, 0, 1, 0]])
+def test_rows_without_a_gap(index, route):
+    """Every position predicts a token: nothing is picked, or all in another order."""
+    model = keep_norm_dtype(causal_lm("llama_gqa", dtype=torch.float64))
+    tokens = torch.arange(12).view(4, 3)
+    data = {
+        "prompts": [[5, 6, 7], [8, 9, 10]],
+        "tokens": tokens,
+        "mask": torch.ones_like(tokens, dtype=torch.bool),
+        "group_index": torch.tensor(index),
+    }
+    logits, truth = response_logits(model, **data, route=route), one_by_one(model, **data)
+    torch.testing.assert_close(logits, truth, atol=1e-11, rtol=0)
+    assert relative_l2(gradient(model, logits), gradient(model, truth)) < 1e-12
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states_and_head_make_the_logits(kind, route):
     model = keep_norm_dtype(causal_lm(kind, dtype=torch.float64))
