@@ -240,8 +240,9 @@ class _Batch:
         """What the groups' calls cost beside their FLOPs."""
         cost = self.step.cost
         waves = sum(
-            len(split_rows([len(completion) for completion in completions], self.step.wave_tokens))
-            for _, _, completions in self.groups
+            len(split_rows(lengths, self.step.tokens_of_waves(len(prompt), lengths)))
+            for prompt, _, completions in self.groups
+            for lengths in [[len(completion) for completion in completions]]
         )
         prompts = len(self.groups) * self._prompt_passes(train) * cost.call
         return cost.calls(waves, train) * (4 / 3 if train else 1) + prompts

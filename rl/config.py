@@ -158,7 +158,8 @@ class PrefixConfig:
     Args:
         memory: of the prompt's forward pass until its backward: `recompute` it, `keep` it, or
             `offload` it to the CPU's memory.
-        wave_tokens: most tokens of the responses whose graph is alive; null: 16384, on a CPU 384.
+        wave_tokens: most tokens of the responses whose graph is alive; null: 16384, on a
+            CPU 384 to 512.
         min_bound: a group that could gain less than this factor repeats its prompt.
         verify: compare the `first` group's gradient with the dense one, `never` or `always`.
 

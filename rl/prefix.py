@@ -69,7 +69,7 @@ class SharedPrefix:
             nothing of it and runs the prefix forward again; "offload" keeps it in CPU memory (not
             under FSDP2).
         wave_tokens: most tokens of a wave; a longer response is a wave of its own. Default: 16384,
-            on a CPU 384 (more leave its caches, and need more memory than dense training).
+            on a CPU two thirds of the group's longest trajectory, between 384 and 512.
         accum_dtype: of the prefix's gradient buffers, or that of the keys if wider.
         min_bound: a group that is expected to gain less, by its FLOPs and what calls of the model
             cost beside them, runs densely: each response with its own prompt, `wave_tokens` at a
@@ -115,8 +115,6 @@ class SharedPrefix:
                 "prefix_memory: expected keep or recompute under FSDP2, whose gathered parameters "
                 "offload would copy, got 'offload'"
             )
-        if wave_tokens is None:
-            wave_tokens = 384 if self.host.device.type == "cpu" else 16384
         self.prefix_memory, self.wave_tokens = prefix_memory, wave_tokens
         self.accum_dtype, self.min_bound, self.verify = accum_dtype, min_bound, verify
         self.router_loss = router_loss
@@ -171,6 +169,21 @@ class SharedPrefix:
             average: divide by the number of processes, as DDP does.
         """
         self.ranks.all_reduce(self.host.trained, average)
+
+    def tokens_of_waves(self, prefix: int, lengths: Sequence[int]) -> int:
+        """Most tokens of a wave of such a group.
+
+        Args:
+            prefix: tokens of the prompt.
+            lengths: of the responses.
+        """
+        if self.wave_tokens is not None:
+            return self.wave_tokens
+        if self.host.device.type != "cpu":
+            return 16384
+        # more leave the caches, or need more memory than dense training, a trajectory at a time
+        longest = prefix + max(lengths, default=1)
+        return min(512, max(384, 2 * longest // 3))
 
     def metrics(self) -> dict[str, float]:
         """Of the groups closed since the last call, by name; see `PrefixMetrics`."""
@@ -227,7 +240,7 @@ class PrefixGroup:
         self.root: PrefixGroup = self if parent is None else parent.root
         self.shared: bool | None = None if parent is None else True
         self.own: WaveOutput | None = None
-        self.wave_tokens = step.wave_tokens
+        self.wave_tokens = step.wave_tokens  # None until there are responses
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._attention: str | None = None
         self._state: Literal["new", "open", "closed"] = "new"
@@ -477,6 +490,8 @@ class PrefixGroup:
         tokens = response_tokens(responses, vocabulary, empty=step.host.sharded)
         lengths = [len(response) for response in tokens]
         refuse_unsupported(step.host.inner, len(self.context) + max(lengths, default=1))
+        if self.wave_tokens is None:
+            self.wave_tokens = step.tokens_of_waves(len(self.context), lengths)
         self._decide(lengths, joint)
         rows = self._rows(lengths, bool(self.shared))
         self._missing = step.ranks.most(len(rows)) - len(rows)

@@ -644,6 +644,17 @@ def test_the_gate_counts_what_calls_cost(caplog):
     assert route(SharedPrefix(model, wave_tokens=80, verify="never"), prompt * 2, responses * 2)
 
 
+def test_waves_are_no_larger_than_a_trajectory():
+    step = SharedPrefix(model_of("llama"), min_bound=0, verify="never")
+    for prefix, lengths, expected in ((20, [30], 384), (512, [64, 3], 384), (600, [60], 440)):
+        assert step.tokens_of_waves(prefix, lengths) == expected
+    assert step.tokens_of_waves(2048, [128]) == 512
+    with torch.no_grad(), step.group(list(range(60)) * 11) as g:  # 2 / 3 of 750 tokens
+        waves = list(g.waves([[1] * 90] * 7))
+    assert [len(wave.rows) for wave in waves] == [5, 2]
+    assert SharedPrefix(model_of("llama"), wave_tokens=7).tokens_of_waves(600, [60]) == 7
+
+
 def test_speedup_is_that_over_the_dense_route():
     """Not of cold passes of single trajectories: calls have their cost, and there are fewer."""
     model = model_of("llama_gqa", torch.float32)
