@@ -322,6 +322,8 @@ def test_prefix_attention_compiles_within_its_spills(target, dtype, width):
         allowed = {64: 0, 128: 0 if target in ("sm_90", "gfx942") else 96, 256: 192}[width]
         if dtype == "fp32":  # without tensor cores
             allowed = 40
+        elif width == 256 and job["constexprs"].get("CARRY"):
+            allowed = 240  # the output of the segments before, read at the start
         elif width == 128 and job["constexprs"].get("ADD"):
             allowed = 104  # rows of the tile, kept from before the loop to after it
         assert row["spilled"] <= allowed, f"{name}: spills {row['spilled']}"
