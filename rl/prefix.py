@@ -221,8 +221,8 @@ class PrefixGroup:
 
     On an error inside the `with` block, gradients are what they were before the outermost group,
     also those of other parameters that a loss has used (unless reentrant checkpointing hides them
-    from its graph). Until the block ends, `.grad` holds this
-    group's alone: zero gradients, clip and step outside.
+    from its graph). Until the block ends, `.grad` holds this group's alone: zero gradients, clip
+    and step outside.
 
     Args:
         step: whose group it is.
@@ -432,7 +432,7 @@ class PrefixGroup:
     def _path_router(self) -> RouterSums | None:
         """Of the prefixes; a leaf's gradient is what phase C starts from."""
         above = None if self.parent is None else self.parent._path_router()
-        if self._own_router is None:
+        if self._own_router is None or self._stands_in:
             return above
         return self._router if above is None else above + self._router
 
@@ -559,8 +559,9 @@ class PrefixGroup:
             wave: of this group's `waves`.
 
         Raises:
-            RuntimeError: the group is not open, has no waves yet, or was opened under no_grad while
-                gradients are on now.
+            ValueError: it is not a wave.
+            RuntimeError: the group is not open, has no waves yet, was opened under no_grad while
+                gradients are on now, or its prompt was computed under another autocast.
         """
         self._check_open()
         if not isinstance(wave, Wave):
@@ -634,6 +635,7 @@ class PrefixGroup:
 
         Raises:
             ValueError: the loss is not a scalar with a graph.
+            RuntimeError: the group is not open.
         """
         self._check_open()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:

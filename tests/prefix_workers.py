@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from prefix_cases import group_of_responses, loss_of
+from prefix_cases import model_of as architecture
 from tiny_models import causal_lm, keep_norm_dtype
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -117,6 +118,13 @@ def run(rank, world, folder):
         found["fsdp2", name] = full_gradient(model)
         with torch.no_grad(), step.group(prompt) as g:
             found["logp", name] = g.statistics(responses).logp
+
+    experts = architecture("qwen3_moe")
+    shard_policy(experts, mesh)
+    step = SharedPrefix(experts, min_bound=0, router_loss=True, verify="never")
+    prompt, responses, _ = no_prefix_on_rank_1(rank)
+    with torch.no_grad(), step.group(prompt) as g:
+        found["router loss, no prefix"] = g.statistics(responses).router_loss
 
     model = sharded_model()  # rank 1 has nothing to say on
     step = SharedPrefix(model, min_bound=100)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from prefix_cases import dense_gradient, relative_l2
+from prefix_cases import model_of as architecture
 from prefix_workers import groups_of, model_of, no_prefix_on_rank_1, run
 from tiny_models import causal_lm
 
@@ -46,6 +47,16 @@ def test_a_prompt_of_one_token_on_one_rank(ranks, how):
         prompt, responses, _ = groups[rank]
         expected = log_probabilities(prompt, responses)
         torch.testing.assert_close(found["logp", how], expected, atol=1e-12, rtol=0)
+
+
+def test_router_loss_of_a_prompt_of_one_token_on_one_rank(ranks):
+    """What that rank computes beside the others' prefix is in no trajectory."""
+    for rank, found in enumerate(ranks):
+        prompt, responses, _ = no_prefix_on_rank_1(rank)
+        step = SharedPrefix(architecture("qwen3_moe"), min_bound=1e9, router_loss=True)
+        with torch.no_grad(), step.group(prompt) as g:
+            dense = g.statistics(responses).router_loss
+        torch.testing.assert_close(found["router loss, no prefix"], dense, atol=1e-6, rtol=0)
 
 
 def test_a_rank_that_is_idle_first_and_gradients_that_cancel(ranks):
