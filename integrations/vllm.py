@@ -21,10 +21,13 @@ Of vLLM (read in its files at 0.9.2, 0.10.0-0.10.2 and 0.32.0, run at 0.32.0):
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..stability import DEFAULT_RHO
 
+# of vllm.LLM, 0.28 or later, for `sampling_support`; every request needs top_k > 0 there
+REPLAY_ENGINE = {"logprobs_mode": "processed_logprobs", "return_sampling_mask": True}
 PRUNED_ENGINE = {"logprobs_mode": "processed_logprobs"}  # of vllm.LLM and vllm.EngineArgs
 
 _LEAST_TEMPERATURE = 0.01  # of vLLM, which raises smaller ones to it
@@ -118,3 +121,38 @@ def check_pruned_engine(vllm_config: Any) -> None:
             "speculative_config: expected None, since min_p does nothing with speculative "
             f"decoding, found {vllm_config.speculative_config!r}"
         )
+
+
+def sampling_support(outputs: Sequence[Any]) -> list[list[list[int]]]:
+    """The sets that vLLM sampled from, for `trimtab.stability.pad_support`.
+
+    Args:
+        outputs: completions of an engine made with REPLAY_ENGINE (`request_output.outputs`), or the
+            `choices` of its `/inference/v1/generate` as dicts; one for each response, in order.
+
+    Returns:
+        For each response, for each generated token, the ids of the tokens that were left after
+        top_k, top_p and min_p.
+
+    Raises:
+        ValueError: an output has no sampling mask, or not one set for each token.
+
+    Source:
+        vLLM 0.28 to 0.32, `SamplingMask.token_ids` in vllm/outputs.py, read there. The engine does
+        not return it on a CPU, so it was not run.
+    """
+    support = []
+    for i, output in enumerate(outputs):
+        fields = output if isinstance(output, Mapping) else vars(output)
+        found = fields.get("sampling_mask")
+        if found is None:
+            raise ValueError(
+                f"outputs[{i}]: expected a sampling_mask, got none; make the engine with "
+                "**REPLAY_ENGINE and requests with top_k > 0"
+            )
+        sets = [list(kept) for kept in getattr(found, "token_ids", found)]
+        if len(sets) != len(fields["token_ids"]):
+            tokens = len(fields["token_ids"])
+            raise ValueError(f"outputs[{i}]: expected {tokens} sets, one a token, got {len(sets)}")
+        support.append(sets)
+    return support

@@ -11,6 +11,7 @@ reproduction's.
 
 import logging
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -20,15 +21,42 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 Origin = Literal["trigger", "warmup"]
 Mode = Literal["decay", "alert"]
+Detector = Literal["baseline", "growth"]
+
+_JOINT = ("mismatch", "grad_norm")
 
 _logger = logging.getLogger(__name__)
+
+
+class _Signal:
+    """Averages of one watched number: of its first observations, of the last few, of many."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.first_sum = 0.0
+        self.smoothed: float | None = None
+        self.slow: float | None = None
+
+    def observe(self, value: float, detector: "LengthDetector") -> None:
+        if self.seen < detector.warmup:
+            self.first_sum += value
+        for name, past in (("smoothed", detector.smoothing), ("slow", detector.slow_smoothing)):
+            before = value if getattr(self, name) is None else getattr(self, name)
+            setattr(self, name, past * before + (1 - past) * value)
+        self.seen += 1
+
+    def rises(self, ratio: float, detector: "LengthDetector") -> bool:
+        if self.smoothed is None:
+            return False
+        first = self.first_sum / min(self.seen, detector.warmup)
+        return self.smoothed > ratio * (self.slow if detector.detector == "growth" else first)
 
 
 class LengthDetector:
     """Decides from response lengths when, and by what factor, to lower a learning rate.
 
-    The first `warmup` observations give the baseline, their mean. After them, a surge is a smoothed
-    length above `ratio` times the baseline. A length stuck at the maximum is not "no surge": it
+    Nothing triggers during the first `warmup` observations. After them, a surge is a smoothed
+    length above `ratio` times a reference. A length stuck at the maximum is not "no surge": it
     cannot rise any more, so it counts as one, also when it was stuck from the start. The first
     surge triggers; later ones do nothing until `rearm`.
 
@@ -46,11 +74,18 @@ class LengthDetector:
         max_length: tokens, the limit of a response; None if there is none.
         saturation: in (0, 1]; a smoothed length of this share of `max_length`, or this smoothed
             share of truncated responses, counts as stuck at the maximum.
+        detector: the reference of a rise: "baseline", the mean of the first `warmup` observations;
+            or "growth", a slower exponential average, so that only a fast rise is a surge.
+        slow_smoothing: weight of the past in that slower average, in [smoothing, 1).
+        joint: other numbers that must have risen with the length, by the same detector, before it
+            triggers: "mismatch" and "grad_norm", each with its own ratio above 1, say {"mismatch":
+            1.5, "grad_norm": 2.0}. None: the length alone decides.
 
     Raises:
         ValueError: an argument out of range.
 
-    Source: arXiv 2602.01826; smoothing, ratio and warmup are a reproduction's, saturation is ours.
+    Source: arXiv 2602.01826; smoothing, ratio and warmup are a reproduction's; saturation, growth
+        and joint triggers are ours.
     """
 
     def __init__(
@@ -66,7 +101,12 @@ class LengthDetector:
         mode: Mode = "decay",
         max_length: float | None = None,
         saturation: float = 0.95,
+        detector: Detector = "baseline",
+        slow_smoothing: float = 0.99,
+        joint: Mapping[str, float] | None = None,
     ) -> None:
+        joint = dict(joint or {})
+        known = all(name in _JOINT and 1 < value < math.inf for name, value in joint.items())
         for name, valid, expected, found in (
             ("warmup", warmup >= 1, "at least 1", warmup),
             ("ratio", 1 < ratio < math.inf, "finite and above 1", ratio),
@@ -78,6 +118,14 @@ class LengthDetector:
             ("mode", mode in get_args(Mode), f"one of {get_args(Mode)}", mode),
             ("max_length", max_length is None or max_length > 0, "a number above 0", max_length),
             ("saturation", 0 < saturation <= 1, "a number in (0, 1]", saturation),
+            ("detector", detector in get_args(Detector), f"one of {get_args(Detector)}", detector),
+            (
+                "slow_smoothing",
+                smoothing <= slow_smoothing < 1,
+                f"a number in [smoothing = {smoothing}, 1)",
+                slow_smoothing,
+            ),
+            ("joint", known, f"ratios above 1 for names of {_JOINT}", joint),
         ):
             if not valid:
                 raise ValueError(f"{name}: expected {expected}, found {found!r}")
@@ -91,6 +139,9 @@ class LengthDetector:
         self.mode = mode
         self.max_length = max_length
         self.saturation = saturation
+        self.detector = detector
+        self.slow_smoothing = slow_smoothing
+        self.joint = joint
         self.rearm()
 
     def rearm(self) -> None:
@@ -98,20 +149,35 @@ class LengthDetector:
 
         For a surge that was healthy learning: the length it reached becomes the new normal.
         """
-        self.observations = 0
-        self.smoothed: float | None = None
+        self._signals = {name: _Signal() for name in ("length", *self.joint)}
         self.smoothed_truncated = 0.0
         self.triggered_at: int | None = None
-        self._baseline_sum = 0.0
         self._warmup_ended_at: int | None = None
+
+    @property
+    def observations(self) -> int:
+        """Lengths observed since the start or the last `rearm`."""
+        return self._signals["length"].seen
+
+    @property
+    def smoothed(self) -> float | None:
+        """Smoothed mean length, tokens; None before the first observation."""
+        return self._signals["length"].smoothed
 
     @property
     def baseline(self) -> float | None:
         """Mean length, in tokens, of the first `warmup` observations; None until they are there."""
-        return self._baseline_sum / self.warmup if self.observations >= self.warmup else None
+        length = self._signals["length"]
+        return length.first_sum / self.warmup if length.seen >= self.warmup else None
 
     def observe(
-        self, mean_length: float, truncated_fraction: float | None = None, *, step: int
+        self,
+        mean_length: float,
+        truncated_fraction: float | None = None,
+        *,
+        step: int,
+        mismatch: float | None = None,
+        grad_norm: float | None = None,
     ) -> bool:
         """Records the mean response length of one training step.
 
@@ -119,6 +185,9 @@ class LengthDetector:
             mean_length: tokens, finite and at least 0.
             truncated_fraction: share of responses cut off at the limit, in [0, 1]; None if unknown.
             step: the step it was seen in, counted from 0.
+            mismatch: any measure of it, say `mismatch/k3`; needed if it is in `joint`. A value that
+                is not finite counts as risen and stays out of the averages.
+            grad_norm: likewise, before clipping.
 
         Returns:
             Whether this observation triggered.
@@ -135,17 +204,23 @@ class LengthDetector:
             raise ValueError(
                 f"truncated_fraction: expected a number in [0, 1], found {truncated_fraction}"
             )
+        given = {"mismatch": mismatch, "grad_norm": grad_norm}
+        others = {name: given[name] for name in self.joint}
+        for name, value in others.items():
+            if value is None:
+                raise ValueError(f"{name}: expected a number, because it is in joint, found None")
+        broken = {name for name, value in others.items() if not math.isfinite(value)}
         past = self.smoothing if self.observations else 0.0
-        self.smoothed = past * (self.smoothed or 0.0) + (1 - past) * mean_length
         if truncated_fraction is not None:
             share = (1 - past) * float(truncated_fraction)
             self.smoothed_truncated = past * self.smoothed_truncated + share
-        self.observations += 1
+        self._signals["length"].observe(mean_length, self)
+        for name in others.keys() - broken:
+            self._signals[name].observe(float(others[name]), self)
         if self.observations <= self.warmup:
-            self._baseline_sum += mean_length
             self._warmup_ended_at = step if self.observations == self.warmup else None
             return False
-        if self.triggered_at is not None or not self._surges():
+        if self.triggered_at is not None or not self._surges(broken):
             return False
         self.triggered_at = step
         _logger.warning(
@@ -154,10 +229,14 @@ class LengthDetector:
         )  # fmt: skip
         return True
 
-    def _surges(self) -> bool:
+    def _surges(self, broken: set[str]) -> bool:
         stuck = self.max_length is not None and self.smoothed >= self.saturation * self.max_length
         truncated = self.smoothed_truncated >= self.saturation
-        return self.smoothed > self.ratio * self.baseline or stuck or truncated
+        long = self._signals["length"].rises(self.ratio, self) or stuck or truncated
+        return long and all(
+            name in broken or self._signals[name].rises(ratio, self)
+            for name, ratio in self.joint.items()
+        )
 
     def factor_at(self, step: int) -> float:
         """The factor at `step`, in [floor, 1]; 1 before the trigger and in mode "alert"."""
@@ -171,9 +250,7 @@ class LengthDetector:
     def state_dict(self) -> dict[str, Any]:
         """What was observed, as plain numbers; the constructor's arguments are not part of it."""
         return {
-            "observations": self.observations,
-            "baseline_sum": self._baseline_sum,
-            "smoothed": self.smoothed,
+            "signals": {name: dict(vars(signal)) for name, signal in self._signals.items()},
             "smoothed_truncated": self.smoothed_truncated,
             "triggered_at": self.triggered_at,
             "warmup_ended_at": self._warmup_ended_at,
@@ -183,7 +260,7 @@ class LengthDetector:
         """Restores what `state_dict` returned; arguments stay, so that mode "alert" can follow.
 
         Args:
-            state: from `state_dict`.
+            state: from `state_dict`; a signal of `joint` that is not in it starts anew.
 
         Raises:
             ValueError: other keys than those of `state_dict`; nothing is restored then.
@@ -192,11 +269,10 @@ class LengthDetector:
             raise ValueError(
                 f"state: expected keys {sorted(self.state_dict())}, found {sorted(state)}"
             )
-        self.observations = state["observations"]
-        self.smoothed = state["smoothed"]
+        for name, signal in self._signals.items():
+            vars(signal).update(state["signals"].get(name, vars(_Signal())))
         self.smoothed_truncated = state["smoothed_truncated"]
         self.triggered_at = state["triggered_at"]
-        self._baseline_sum = state["baseline_sum"]
         self._warmup_ended_at = state["warmup_ended_at"]
 
 
@@ -213,6 +289,7 @@ class LengthTriggeredLR(LRScheduler):
             None holds the rate.
         warmup, ratio, smoothing, period_factor, decay, floor, origin, mode, max_length, saturation:
             as in LengthDetector; steps are calls of `step`.
+        detector, slow_smoothing, joint: likewise.
 
     Raises:
         ValueError: `base` belongs to another optimizer, or an argument is out of range.
@@ -235,6 +312,9 @@ class LengthTriggeredLR(LRScheduler):
         mode: Mode = "decay",
         max_length: float | None = None,
         saturation: float = 0.95,
+        detector: Detector = "baseline",
+        slow_smoothing: float = 0.99,
+        joint: Mapping[str, float] | None = None,
     ) -> None:
         if base is not None and base.optimizer is not optimizer:
             raise ValueError("base: expected a scheduler of `optimizer`, found another optimizer's")
@@ -249,6 +329,9 @@ class LengthTriggeredLR(LRScheduler):
             mode=mode,
             max_length=max_length,
             saturation=saturation,
+            detector=detector,
+            slow_smoothing=slow_smoothing,
+            joint=joint,
         )
         self.base = base
         self._unscaled: list[float] | None = None  # what the base schedule alone would use
@@ -264,12 +347,21 @@ class LengthTriggeredLR(LRScheduler):
         """S, the step of the trigger, counted from 0; None before it."""
         return self.detector.triggered_at
 
-    def observe(self, mean_length: float, truncated_fraction: float | None = None) -> bool:
+    def observe(
+        self,
+        mean_length: float,
+        truncated_fraction: float | None = None,
+        *,
+        mismatch: float | None = None,
+        grad_norm: float | None = None,
+    ) -> bool:
         """Records the mean response length of the current training step; call it before `step`.
 
         Args:
             mean_length: tokens, finite and at least 0; the same on all ranks.
             truncated_fraction: share of responses cut off at the limit, in [0, 1]; None if unknown.
+            mismatch: see LengthDetector.observe.
+            grad_norm: see LengthDetector.observe.
 
         Returns:
             Whether this observation triggered.
@@ -277,7 +369,13 @@ class LengthTriggeredLR(LRScheduler):
         Raises:
             ValueError: an argument out of range; nothing is recorded then.
         """
-        return self.detector.observe(mean_length, truncated_fraction, step=self.last_epoch)
+        return self.detector.observe(
+            mean_length,
+            truncated_fraction,
+            step=self.last_epoch,
+            mismatch=mismatch,
+            grad_norm=grad_norm,
+        )
 
     def step(self, metrics: float | None = None) -> None:
         """Advances the base schedule by one and sets the composed rate.

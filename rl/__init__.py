@@ -8,6 +8,13 @@ from importlib import import_module
 
 _HOMES = {
     "batch": ("RolloutBatch", "collate"),
+    "budget": (
+        "SuccessRates",
+        "allocate_budget",
+        "allocation_value",
+        "budget_metrics",
+        "with_greedy_extras",
+    ),
     "chain_sum": ("ChainSumTask", "Styles"),
     "collect": ("Collected", "Collector", "ScoredGroup"),
     "config": (

@@ -4,6 +4,7 @@
     trimtab-rl --config recipe.yaml --trainer.devices 2 --trainer.strategy ddp
     trimtab-rl --resume runs/RUN
     trimtab-rl report runs/RUN
+    trimtab-rl length-trigger METRICS.jsonl
 
 Bad input ends with one line and exit code 2 before anything is written.
 """
@@ -72,6 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         if arguments[:1] == ["report"]:
             _report(arguments[1:])
             return
+        if arguments[:1] == ["length-trigger"]:
+            from .length_trigger import main as length_trigger
+
+            length_trigger(arguments[1:])
+            return
         config, trainer_options, resume, text = parse(make_parser(), arguments)
         from .run import Run
 
@@ -108,7 +114,8 @@ def make_parser() -> Any:
     parser = ArgumentParser(
         prog="trimtab-rl",
         description="Reinforcement learning of a language model on verifiable rewards.",
-        epilog=f"Packaged recipes: {names}. `trimtab-rl report RUN` draws a run's report again.",
+        epilog=f"Packaged recipes: {names}. `trimtab-rl report RUN` draws a run's report again; "
+        "`trimtab-rl length-trigger METRICS.jsonl` replays a length-triggered rate over a log.",
         exit_on_error=False,
         default_env=False,
     )

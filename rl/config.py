@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..optim.lr_scheduler import LengthDetector
@@ -134,6 +134,10 @@ class LengthRateConfig:
         decay: factor of each fall, in (0, 1).
         floor: least factor, in [0, 1].
         mode: `alert` only reports the trigger.
+        detector: the reference of a rise, `baseline` (the first updates) or `growth` (a slower
+            average).
+        joint: what must have risen with the length, each with its ratio: `mismatch` (k3),
+            `grad_norm`.
 
     Source:
         arXiv 2602.01826; see `trimtab.optim.LengthDetector`.
@@ -146,6 +150,8 @@ class LengthRateConfig:
     decay: float = 0.5
     floor: float = 0.1
     mode: Literal["decay", "alert"] = "decay"
+    detector: Literal["baseline", "growth"] = "baseline"
+    joint: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         LengthDetector(**dataclasses.asdict(self))  # it checks them

@@ -133,7 +133,8 @@ class TransformersEngine:
         """Samples of each request, in order.
 
         Args:
-            requests: may differ in prompt, n and seed; the rest of their sampling must be the same.
+            requests: may differ in prompt, n and seed, and some may be greedy; the rest of their
+                sampling must be the same.
 
         Returns:
             For each request its `n` samples.
@@ -164,7 +165,7 @@ class TransformersEngine:
 
     def _generate(self, requests: list[Request]) -> list[list[Sample]]:
         """One padded batch of groups: prefill each prompt once, then decode all rows together."""
-        sampling = requests[0].sampling
+        sampling = next((r.sampling for r in requests if not _greedy(r)), requests[0].sampling)
         device = self.model.get_input_embeddings().weight.device
         width = max(r.sampling.n for r in requests)
         # The last prompt token is the first one decoded: then every step has the same form.
@@ -179,6 +180,8 @@ class TransformersEngine:
 
         uniforms = torch.stack([_uniforms(r.sampling, width) for r in requests]).to(device)
         uniforms = uniforms.flatten(0, 1)  # [rows, max_tokens]
+        greedy = torch.tensor([_greedy(r) for r in requests], device=device)
+        greedy = greedy.repeat_interleave(width)
         rows = len(requests) * width
         tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, sampling.max_tokens, dtype=torch.float32, device=device)
@@ -196,7 +199,7 @@ class TransformersEngine:
             logits = self.model(
                 last[:, None], position_ids=position[:, None], use_cache=False, group_cache=cache
             ).logits[:, -1]
-            last, logp = _choose(logits, sampling, uniforms[row, step])
+            last, logp = _choose(logits, sampling, uniforms[row, step], greedy[row])
             written = row[alive]
             tokens[written, step] = last[alive]
             logprobs[written, step] = logp[alive]
@@ -223,15 +226,24 @@ class TransformersEngine:
         return groups
 
 
+def _greedy(request: Request) -> bool:
+    return request.sampling.temperature == 0
+
+
 def _check_requests(requests: list[Request]) -> None:
-    first = requests[0].sampling
+    """Those that sample must agree, and the greedy ones with them in what holds for greedy ones."""
+    first = next((r.sampling for r in requests if not _greedy(r)), requests[0].sampling)
     for i, request in enumerate(requests):
         if not len(request.prompt_ids):
             raise ValueError(f"requests[{i}]: expected a prompt of at least one token, got none")
-        if replace(request.sampling, n=first.n, seed=first.seed) != first:
+        own = replace(request.sampling, n=first.n, seed=first.seed)
+        if _greedy(request):  # truncation does not change the largest
+            truncation = {name: getattr(first, name) for name in ("top_p", "top_k", "min_p")}
+            own = replace(own, temperature=first.temperature, **truncation)
+        if own != first:
             raise ValueError(
-                f"requests[{i}]: expected the sampling of requests[0] (n and seed may differ), "
-                f"got {request.sampling} and {first}"
+                f"requests[{i}]: expected the sampling of the others (n, seed and whether greedy "
+                f"may differ), got {request.sampling} and {first}"
             )
 
 
@@ -242,18 +254,24 @@ def _uniforms(sampling: Sampling, width: int) -> Tensor:
     return torch.cat([drawn, drawn.new_zeros(width - sampling.n, sampling.max_tokens)])
 
 
-def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _choose(
+    logits: Tensor, sampling: Sampling, uniform: Tensor, greedy: Tensor
+) -> tuple[Tensor, Tensor]:
     """Token ids [rows] and their log-probabilities [rows]."""
-    if sampling.temperature == 0:
-        logp = logits.float().log_softmax(-1)
-        chosen = logits.argmax(-1)
+    chosen, logp = logits.argmax(-1), logits.float()
+    if greedy.all():
+        logp = logp.log_softmax(-1)
     else:
-        logp = truncate_distribution(logits, sampling)
-        cumulative = logp.double().exp().cumsum(-1)
+        sampled_logp = truncate_distribution(logits, sampling)
+        cumulative = sampled_logp.double().exp().cumsum(-1)
         # scaled by the total, so that rounding can never put the target beyond the last token
         target = uniform[:, None] * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        chosen = chosen.clamp_max(logp.shape[-1] - 1)
+        sampled = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        chosen = torch.where(greedy, chosen, sampled.clamp_max(logits.shape[-1] - 1))
+        if greedy.any():
+            logp = torch.where(greedy[:, None], logp.log_softmax(-1), sampled_logp)
+        else:
+            logp = sampled_logp
     return chosen, logp.gather(-1, chosen[:, None]).squeeze(-1)
 
 

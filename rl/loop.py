@@ -438,7 +438,12 @@ class RLModule(pl.LightningModule):
     def _schedule(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
         schedule = self.lr_schedulers()
         if isinstance(schedule, LengthTriggeredLR):
-            schedule.observe(facts["length"], facts["truncated"])  # it logs a surge itself
+            schedule.observe(  # it logs a surge itself
+                facts["length"],
+                facts["truncated"],
+                mismatch=metrics.get("mismatch/k3"),
+                grad_norm=metrics.get("grad_norm"),
+            )
             metrics["length_rate/factor"] = schedule.factor
             metrics["length_rate/triggered"] = float(schedule.triggered_at is not None)
         schedule.step()

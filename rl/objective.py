@@ -16,17 +16,18 @@ from ..stability import (
     apply_weights,
     broadcast_advantages,
     clip_metrics,
+    dr_grpo_advantages,
     gradient_variance_proxy,
-    group_relative_advantages,
+    grpo_advantages,
     importance_weights,
-    leave_one_out_advantages,
-    mismatch_metrics,
+    mismatch_report,
     optimal_token_baseline,
     out_of_set_mask,
     ppo_clip,
     pruning_metrics,
     ratio_policy_loss,
     reinforce,
+    rloo_advantages,
     sign_length_coupling,
     trust_region_mask,
 )
@@ -82,10 +83,10 @@ def policy_statistics(
 def outcome_advantages(batch: RolloutBatch, config: UpdateConfig) -> Tensor:
     """[B] one advantage per rollout; its sign decides the side in balanced aggregation."""
     if config.advantage == "leave_one_out":
-        return leave_one_out_advantages(batch.rewards, batch.group_ids)
-    return group_relative_advantages(
-        batch.rewards, batch.group_ids, normalize_std=config.advantage == "group_std"
-    )
+        return rloo_advantages(batch.rewards, batch.group_ids)
+    if config.advantage == "group_std":
+        return grpo_advantages(batch.rewards, batch.group_ids)
+    return dr_grpo_advantages(batch.rewards, batch.group_ids)
 
 
 def token_weights(
@@ -114,7 +115,8 @@ def token_weights(
         rule=config.aggregation,
         max_length=max_tokens,
         zero_advantage=config.zero_advantage,
-        valid=keep,
+        keep=keep,
+        denominator="kept",
         process_group=process_group,
     )
 
@@ -171,9 +173,7 @@ def objective(
     keep, _ = trusted_rollouts(seen, batch, config)
     mask, _ = trained_tokens(seen, batch, config)
     # pi_old / pi_rollout, at most 2: the part of the ratio that no update has made
-    correction, _ = importance_weights(
-        old_logp - batch.rollout_logp, batch.mask, kind="token_truncate", high=2.0
-    )
+    correction, _ = importance_weights(old_logp - batch.rollout_logp, batch.mask)
     advantages = token_advantages(seen, batch, correction, config)
     if config.loss == "ratio":
         token_loss = ratio_policy_loss(stats.logp, batch.rollout_logp, advantages, mask=mask)
@@ -187,9 +187,7 @@ def objective(
             mask=mask,
         )
     else:
-        importance, _ = importance_weights(
-            seen.logp - batch.rollout_logp, batch.mask, kind="token_truncate", high=2.0
-        )
+        importance, _ = importance_weights(seen.logp - batch.rollout_logp, batch.mask)
         token_loss = reinforce(stats.logp, advantages, importance, mask=mask)
     return Objective(apply_weights(token_loss, weights * mask, keep), seen, advantages)
 
@@ -261,7 +259,7 @@ def batch_metrics(
     metrics["sign_length_coupling"] = sign_length_coupling(
         weights, outcome_advantages(batch, config)
     )
-    metrics |= mismatch_metrics(old_logp, batch.rollout_logp, batch.mask)
+    metrics |= mismatch_report(old_logp, batch.rollout_logp, batch.mask).metrics()
     return metrics | gradient_variance_proxy(advantages, stats.logp, stats.sum_p2, batch.mask)
 
 

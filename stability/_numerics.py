@@ -7,7 +7,9 @@ stands at a masked position never matters, not even NaN: it is replaced, not mul
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8 is outside every trust region, and its square still fits fp32
 
@@ -38,9 +40,24 @@ def k3(log_ratio: Tensor) -> Tensor:
     return (clamped.expm1() - clamped).clamp_min(0)
 
 
-def mean_over(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` is True, 0 where nothing is; a 0-d tensor."""
-    return masked(x, mask).sum() / mask.sum().clamp_min(1)
+def total(x: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
+    """`x` summed over the ranks of a process group, in place; as it is without one."""
+    if process_group is not None:
+        dist.all_reduce(x, group=process_group)
+    return x
+
+
+def maximum(x: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
+    """Element-wise maximum of `x` over the ranks of a process group, in place."""
+    if process_group is not None:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=process_group)
+    return x
+
+
+def mean_over(x: Tensor, mask: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
+    """Mean of `x` where `mask` is True, over all ranks, 0 where nothing is; a 0-d tensor."""
+    both = total(torch.stack([masked(x, mask).sum(), mask.sum().to(x.dtype)]), process_group)
+    return both[0] / both[1].clamp_min(1)
 
 
 def row_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -87,11 +104,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")
 
 
-def valid_rows(valid: Tensor | None, like: Tensor) -> Tensor:
+def valid_rows(valid: Tensor | None, like: Tensor, name: str = "valid") -> Tensor:
     """[B] bool: `valid`, or all True when it is None; `like` gives B and the device."""
     if valid is None:
         return torch.ones(like.shape[0], dtype=torch.bool, device=like.device)
-    check_shape("valid", valid, like.shape[:1], "[B]")
+    check_shape(name, valid, like.shape[:1], "[B]")
     if valid.dtype != torch.bool:
-        raise ValueError(f"expected valid of torch.bool, got {valid.dtype}")
+        raise ValueError(f"expected {name} of torch.bool, got {valid.dtype}")
     return valid

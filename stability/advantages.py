@@ -1,39 +1,73 @@
-"""Advantages of whole responses, from one reward each.
+"""Advantages of whole responses: the menu of critic-free methods.
 
-Shapes: B sequences in groups that share a prompt; G rollouts of one group, any order, G may differ.
+Shapes: B sequences, T tokens; G rollouts of one group (they share a prompt), any order, G may
+differ. r = reward of a response, L = its length. Means, sums and deviations are of the group unless
+said otherwise.
 
-    group-relative    A_i = r_i - mean_group(r)           (optionally divided by a deviation)
-    leave-one-out     A_i = r_i - mean_{j != i}(r)  =  G / (G - 1) * (r_i - mean_group(r))
+    grpo_advantages           (r - mean) / (deviation + 1e-6)        arXiv 2402.03300
+    dr_grpo_advantages        r - mean                               arXiv 2503.20783
+    rloo_advantages           r - mean of the others                 arXiv 2402.14740
+    opo_advantages            r - sum L r / sum L                    arXiv 2505.23585
+    reinforce_advantages      r                                      Williams 1992
+    remax_advantages          r - r of the greedy response           arXiv 2310.10505
+    tree_advantages           mean over shared prefixes of r - mean  arXiv 2508.17445
+    reinforce_pp_advantages   reward to go, whitened over the batch  arXiv 2501.03262, per token
 
+`optimal_token_baseline` (token_baseline.py) is the one with a baseline of its own per token.
+
+Common to all: rollouts of a group may be spread over the ranks of `process_group`, and the result
+is that of one process; a rollout with `valid` False counts nowhere and gets 0; in a group of one
+the baseline is the reward itself, so the advantage is 0 (some frameworks give r there).
 Rewards are taken relative to the group's smallest one first: a group of equal rewards then has
 advantages of exactly zero, and its sign, which `aggregation_weights` uses, is not rounding noise.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from ._numerics import check_finite, check_groups, check_mask, check_shape, masked, valid_rows, wide
-from .statistics import group_index, segment_min, segment_sum
+from ._numerics import (
+    check_choice,
+    check_finite,
+    check_groups,
+    check_mask,
+    check_shape,
+    check_tokens,
+    masked,
+    mean_over,
+    total,
+    valid_rows,
+    wide,
+)
+from .statistics import group_index, reward_to_go, segment_min, segment_sum
 
 _STD_EPS = 1e-6
+_VARIANCE_EPS = 1e-8
 
 
-def group_relative_advantages(
+@torch.no_grad()
+def grpo_advantages(
     rewards: Tensor,
     group_ids: Tensor,
     *,
-    normalize_std: bool = False,
+    deviation: Literal["group", "batch"] = "group",
     valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Reward minus the mean reward of the group (GRPO with `normalize_std`, Dr. GRPO without).
+    """Reward minus the mean reward of the group, over a standard deviation.
 
     Args:
         rewards: [B], finite where valid.
         group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
-        normalize_std: divide by the group's sample deviation (n - 1) plus 1e-6.
+        deviation: of the rewards of the group, or of those of the whole batch; n - 1 in both.
         valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: the ranks whose rows form the batch; every one of them must call. None: this
+            process alone.
 
     Returns:
         [B] in at least fp32, detached; 0 in a group of one.
@@ -42,27 +76,66 @@ def group_relative_advantages(
         ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
 
     Source:
-        GRPO, arXiv 2402.03300; without the deviation Dr. GRPO, arXiv 2503.20783.
+        GRPO, arXiv 2402.03300.
     """
-    centred, sizes, rows, index = _centred(rewards, group_ids, valid)
-    if not normalize_std:
-        return centred
-    variance = segment_sum(centred.square(), index, len(sizes)) / (sizes - 1).clamp_min(1)
-    return masked(centred / (variance.sqrt()[index] + _STD_EPS), rows)
+    check_choice("deviation", deviation, ("group", "batch"))
+    centred, sizes, rows, index = _centred(rewards, group_ids, valid, process_group)
+    if deviation == "group":
+        power = segment_sum(centred.square(), index, len(sizes), process_group)
+        scale = (power / (sizes - 1).clamp_min(1)).sqrt()[index]
+    else:
+        scale = _batch_deviation(wide(rewards.detach()), rows, process_group)
+    return masked(centred / (scale + _STD_EPS), rows)
 
 
-def leave_one_out_advantages(
-    rewards: Tensor, group_ids: Tensor, *, valid: Tensor | None = None
+@torch.no_grad()
+def dr_grpo_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Reward minus the mean reward of the group's other rollouts (RLOO).
+    """Reward minus the mean reward of the group, undivided.
 
     Args:
         rewards: [B], finite where valid.
         group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
         valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: the ranks whose rows form the batch; every one of them must call. None: this
+            process alone.
 
     Returns:
         [B] in at least fp32, detached; 0 in a group of one.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
+
+    Source:
+        Dr. GRPO, arXiv 2503.20783; its other half is the rule "seq_mean_token_sum_norm".
+    """
+    return _centred(rewards, group_ids, valid, process_group)[0]
+
+
+@torch.no_grad()
+def rloo_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Reward minus the mean reward of the group's other rollouts (leave one out).
+
+    Args:
+        rewards: [B], finite where valid.
+        group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
+        valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: the ranks whose rows form the batch; every one of them must call. None: this
+            process alone.
+
+    Returns:
+        [B] in at least fp32, detached: G / (G - 1) (r - mean); 0 in a group of one.
 
     Raises:
         ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
@@ -70,8 +143,254 @@ def leave_one_out_advantages(
     Source:
         RLOO, arXiv 2402.14740.
     """
-    centred, sizes, _, index = _centred(rewards, group_ids, valid)
+    centred, sizes, _, index = _centred(rewards, group_ids, valid, process_group)
     return centred * (sizes / (sizes - 1).clamp_min(1))[index]
+
+
+@torch.no_grad()
+def opo_advantages(
+    rewards: Tensor,
+    lengths: Tensor,
+    group_ids: Tensor,
+    *,
+    valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Reward minus the group's mean reward weighted by length: optimal if energy grows with length.
+
+    Args:
+        rewards: [B], finite where valid.
+        lengths: [B] generated tokens of each response, >= 0: `mask.sum(1)`.
+        group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
+        valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: the ranks whose rows form the batch; every one of them must call. None: this
+            process alone.
+
+    Returns:
+        [B] in at least fp32, detached; 0 in a group of one. A group without a token takes the plain
+        mean.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, a reward that counts is not finite, or a length
+            is negative.
+
+    Source:
+        OPO, arXiv 2505.23585.
+    """
+    above, rows, index, n = _above_lowest(rewards, group_ids, valid, process_group)
+    check_shape("lengths", lengths, rewards.shape, "[B]")
+    check_finite("lengths", lengths, rows)
+    if (masked(lengths, rows) < 0).any():
+        raise ValueError(f"expected lengths >= 0, got {lengths[rows].min().item()}")
+    weight = masked(lengths, rows).to(above.dtype)
+    tokens = segment_sum(weight, index, n, process_group)
+    weight = torch.where(tokens[index] > 0, weight, rows.to(weight.dtype))
+    shares = segment_sum(torch.stack([weight, weight * above], 1), index, n, process_group)
+    baseline = shares[:, 1] / torch.where(shares[:, 0] > 0, shares[:, 0], 1)
+    return masked(above - baseline[index], rows)
+
+
+@torch.no_grad()
+def reinforce_advantages(rewards: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """The reward itself: no baseline, so its sign and scale are the reward function's.
+
+    Args:
+        rewards: [B], finite where valid.
+        valid: [B] bool; a rollout with False gets 0. None: all count.
+
+    Returns:
+        [B] in at least fp32, detached.
+
+    Raises:
+        ValueError: shapes do not match, or a reward that counts is not finite.
+
+    Source:
+        REINFORCE, Williams 1992.
+    """
+    _check_rewards(rewards)
+    rows = valid_rows(valid, rewards)
+    check_finite("rewards", rewards, rows)
+    return masked(wide(rewards.detach()), rows)
+
+
+@torch.no_grad()
+def reinforce_pp_advantages(
+    token_rewards: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    group_ids: Tensor | None = None,
+    valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Reward to go, whitened over all tokens of the batch (REINFORCE++).
+
+    Args:
+        token_rewards: [B, T]; an outcome reward sits on a generated token (masked ones are
+            ignored).
+        mask: [B, T] bool, True at a generated token; a gap in it neither adds nor discounts.
+        gamma: discount a generated token, in [0, 1].
+        group_ids: [B] of an integer dtype: subtracts the group's mean summed reward first
+            (REINFORCE++-baseline). None: no group baseline.
+        valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: the ranks whose rows form the batch; every one of them must call. None: this
+            process alone.
+
+    Returns:
+        [B, T] in at least fp32, detached, 0 at masked positions: (R - mean) / sqrt(var + 1e-8) with
+        mean and variance (n - 1) over the tokens of the batch.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, a reward that counts is not finite, or gamma is
+            out of range.
+
+    Source:
+        REINFORCE++, arXiv 2501.03262.
+    """
+    check_mask(mask)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"expected gamma in [0, 1], got {gamma}")
+    counted = mask & valid_rows(valid, mask)[:, None]
+    check_tokens("token_rewards", token_rewards, counted)
+    to_go = reward_to_go(token_rewards, counted, gamma)
+    if group_ids is not None:
+        summed = masked(token_rewards.double(), counted).sum(1)
+        centred = _centred(summed, group_ids, valid, process_group)[0]
+        to_go = masked(to_go - (summed - centred)[:, None], counted)
+    mean = mean_over(to_go, counted, process_group)
+    scale = _batch_deviation(to_go, counted, process_group).square().add(_VARIANCE_EPS).sqrt()
+    return masked((to_go - mean) / scale, counted).to(wide(token_rewards).dtype)
+
+
+@torch.no_grad()
+def remax_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    greedy: Tensor,
+    *,
+    clip: float | None = None,
+    valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reward minus the reward of the greedy response to the same prompt.
+
+    The greedy response is one more row of the batch, with the same stop tokens, length limit and
+    reward function. It enters no loss and no other group's number: pass `valid & ~greedy` as
+    `valid` to `aggregation_weights` and to every metric.
+
+    Args:
+        rewards: [B], finite where valid.
+        group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
+        greedy: [B] bool, True at the one greedy row of each group.
+        clip: > 0; the difference is clamped to [-clip, clip]. None: off.
+        valid: [B] bool; a rollout with False gets 0. A group whose greedy row is not valid has no
+            baseline: all its rollouts get 0. None: all count.
+        process_group: ranks over which groups may be spread; every one of them must call. None:
+            this process alone.
+
+    Returns:
+        [B] in at least fp32, detached, 0 at greedy rows; and metrics, empty when no rollout counts:
+        `remax/zero_fraction` (rollouts without a gradient), `remax/greedy_reward` (mean over
+        groups), `remax/without_baseline` (share of the rollouts).
+
+    Raises:
+        ValueError: shapes or dtypes do not match, a reward that counts is not finite, clip is not
+            positive, or a group that has rollouts has no greedy row, or several.
+
+    Source:
+        ReMax, arXiv 2310.10505.
+    """
+    _check_rewards(rewards)
+    check_groups(group_ids, rewards.shape[0])
+    greedy = valid_rows(greedy, rewards, "greedy")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"expected clip > 0 or None, got {clip}")
+    rows = valid_rows(valid, rewards)
+    check_finite("rewards", rewards, rows)
+    index, n = group_index(group_ids, process_group)
+    greedy_rows = segment_sum(greedy.long(), index, n, process_group)[index]
+    if (greedy_rows != 1).any():
+        i = int((greedy_rows != 1).nonzero()[0])
+        raise ValueError(
+            f"expected one greedy row in each group, got {int(greedy_rows[i])} in the group with "
+            f"id {int(group_ids[i])}"
+        )
+    values = masked(wide(rewards.detach()), rows)
+    both = torch.stack([values, torch.ones_like(values)], 1)
+    table = segment_sum(masked(both, (rows & greedy)[:, None]), index, n, process_group)
+    baseline, known = table[index, 0], table[index, 1] > 0
+    rollouts = rows & ~greedy
+    counted = rollouts & known
+    advantages = masked(values - baseline, counted)
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    if not total(rollouts.sum(), process_group):
+        return advantages, {}
+    return advantages, {
+        "remax/zero_fraction": mean_over(
+            (advantages == 0).to(values.dtype), rollouts, process_group
+        ),
+        "remax/greedy_reward": table[:, 0].sum() / table[:, 1].sum().clamp_min(1),
+        "remax/without_baseline": mean_over((~known).to(values.dtype), rollouts, process_group),
+    }
+
+
+@torch.no_grad()
+def tree_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    paths: Tensor,
+    *,
+    combine: Literal["average", "group_size"] = "average",
+    valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Mean over depths of reward minus the mean reward of the rollouts that share the path so far.
+
+    Depth 0 is the whole group and always counts. At depth d the rollouts that agree in their first
+    d segments form a subgroup; a subgroup of one is left out, as is a depth that a rollout does not
+    have.
+
+    Args:
+        rewards: [B], finite where valid.
+        group_ids: [B] of an integer dtype; rollouts of one prompt share an id, in any order.
+        paths: [B, D] of an integer dtype: the id of each segment of the rollout's path, -1 after
+            its end. Only equality at the same depth under the same prefix matters.
+        combine: "average" weighs the depths alike (better in the paper), "group_size" by the
+            number of rollouts in the subgroup.
+        valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: ranks over which groups may be spread; every one of them must call with the
+            same D. None: this process alone.
+
+    Returns:
+        [B] in at least fp32, detached; 0 in a group of one.
+
+    Raises:
+        ValueError: shapes or dtypes do not match, or a reward that counts is not finite.
+
+    Source:
+        TreePO, arXiv 2508.17445.
+    """
+    check_choice("combine", combine, ("average", "group_size"))
+    if paths.ndim != 2 or paths.shape[0] != rewards.shape[0] or paths.is_floating_point():
+        found = f"{tuple(paths.shape)} of {paths.dtype}"
+        raise ValueError(f"expected paths [B, D] of an integer dtype, got {found}")
+    centred, sizes, rows, index = _centred(rewards, group_ids, valid, process_group)
+    weight = sizes[index] if combine == "group_size" else torch.ones_like(centred)
+    weight = masked(weight, rows)
+    summed, weights = weight * centred, weight
+    inside = rows
+    for depth in range(paths.shape[1]):
+        inside = inside & (paths[:, depth] >= 0)
+        # a path that has ended shares no segment with any other
+        index, _ = group_index(torch.stack([index, paths[:, depth].long()], 1), process_group)
+        centred, sizes, _, index = _centred(rewards, index, inside, process_group)
+        shared = inside & (sizes[index] > 1)
+        weight = masked(
+            sizes[index] if combine == "group_size" else torch.ones_like(centred), shared
+        )
+        summed, weights = summed + weight * centred, weights + weight
+    return masked(summed / weights.clamp_min(1), rows)
 
 
 def broadcast_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -93,19 +412,38 @@ def broadcast_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
     return masked(wide(advantages)[:, None], mask)
 
 
-def _centred(
-    rewards: Tensor, group_ids: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rewards minus the group mean [B], group sizes [n], rows that count [B], group index [B]."""
+def _check_rewards(rewards: Tensor) -> None:
     if rewards.ndim != 1:
         raise ValueError(f"expected rewards [B], got {tuple(rewards.shape)}")
+
+
+def _above_lowest(
+    rewards: Tensor, group_ids: Tensor, valid: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rewards minus the group's smallest [B], rows that count [B], group index [B], groups."""
+    _check_rewards(rewards)
     check_groups(group_ids, rewards.shape[0])
     rows = valid_rows(valid, rewards)
     check_finite("rewards", rewards, rows)
     values = wide(rewards.detach())
-    index, n = group_index(group_ids)
-    sizes = segment_sum(rows.to(values.dtype), index, n)
-    lowest = segment_min(torch.where(rows, values, torch.inf), index, n)
-    above = masked(values - lowest[index], rows)
-    mean = segment_sum(above, index, n) / sizes.clamp_min(1)
+    index, n = group_index(group_ids, process_group)
+    lowest = segment_min(torch.where(rows, values, math.inf), index, n, process_group)
+    return masked(values - lowest[index], rows), rows, index, n
+
+
+def _centred(
+    rewards: Tensor, group_ids: Tensor, valid: Tensor | None, process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rewards minus the group mean [B], group sizes [n], rows that count [B], group index [B]."""
+    above, rows, index, n = _above_lowest(rewards, group_ids, valid, process_group)
+    sizes = segment_sum(rows.to(above.dtype), index, n, process_group)
+    mean = segment_sum(above, index, n, process_group) / sizes.clamp_min(1)
     return masked(above - mean[index], rows), sizes, rows, index
+
+
+def _batch_deviation(values: Tensor, counted: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """Deviation (n - 1) of `values` where `counted`, over all ranks; a 0-d tensor."""
+    mean = mean_over(values, counted, process_group)
+    power = total(masked((values - mean).square(), counted).sum(), process_group)
+    n = total(counted.sum(), process_group)
+    return (power / (n - 1).clamp_min(1)).sqrt()

@@ -18,8 +18,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ._numerics import (
     check_choice,
@@ -48,14 +48,15 @@ def aggregation_weights(
     max_length: int | None = None,
     zero_advantage: Literal["count", "exclude"] = "count",
     valid: Tensor | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    keep: Tensor | None = None,
+    denominator: Literal["total", "kept"] = "total",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Weight of every token in the loss, such that loss = sum(w * l).
 
     Call it once on all rows of an optimizer step, then split into micro-batches: the losses of the
     splits add up. Over ranks they add up too; a wrapper that averages gradients (DDP, FSDP) needs
-    the loss times the world size. To divide by what a mask kept instead of the total, pass the kept
-    mask here.
+    the loss times the world size.
 
     Args:
         mask: [B, T] bool, True at a generated token. An all-masked row is still a rollout of its
@@ -67,7 +68,12 @@ def aggregation_weights(
         max_length: C of "seq_mean_token_sum_norm", which requires it; the other rules ignore it.
         zero_advantage: "count": rollouts with advantage 0 are a side of their own in "balanced" and
             count in G; "exclude": for every rule they leave n, G and the tokens, with weight 0.
-        valid: [B] bool; a rollout with False counts nowhere and has weight 0. None: all count.
+        valid: [B] bool; a rollout with False (a lost reward, a greedy rollout) counts nowhere and
+            has weight 0. None: all count.
+        keep: [B] bool, from `trust_region_mask`; a rollout with False has weight 0. None: all True.
+        denominator: "total": rollouts that are not kept stay in every count, so the gradient is
+            that of the kept ones over all N (the paper); "kept": they count nowhere, so the rest
+            is scaled up.
         process_group: the ranks whose rows form the batch; every one of them must call. None: this
             process alone.
 
@@ -79,31 +85,32 @@ def aggregation_weights(
             rule's constant is missing.
 
     Source:
-        arXiv 2605.04077 (read in part).
+        arXiv 2605.04077 (read in part); the denominators: arXiv 2512.23075.
     """
     check_mask(mask)
     check_groups(group_ids, mask.shape[0])
     check_shape("outcome_advantages", outcome_advantages, mask.shape[:1], "[B]")
     check_choice("rule", rule, _RULES)
     check_choice("zero_advantage", zero_advantage, ("count", "exclude"))
+    check_choice("denominator", denominator, ("total", "kept"))
     if rule == "seq_mean_token_sum_norm" and (max_length is None or max_length < 1):
         raise ValueError(f"expected max_length >= 1 for rule {rule!r}, got {max_length}")
     rows = valid_rows(valid, mask)
     check_finite("outcome_advantages", outcome_advantages, rows)
 
+    kept = valid_rows(keep, mask, "keep")
+    if denominator == "kept":
+        rows = rows & kept
     side = masked(outcome_advantages, rows).sign().long() + 1
     if zero_advantage == "exclude":
         rows = rows & (side != 1)
     counted = mask & rows[:, None]
     own_tokens = counted.sum(1)
     by_side = torch.nn.functional.one_hot(side, 3)
-    local, n = group_index(group_ids)
-    ids = group_ids.new_zeros(n).scatter(0, local, group_ids).long()
+    index, n = group_index(group_ids, process_group)
     counts = torch.cat([by_side * rows[:, None], by_side * own_tokens[:, None]], 1)
-    table = segment_sum(counts, local, n)  # per group: rollouts, then tokens, of the three sides
-    if process_group is not None:
-        ids, table = _merge_over_ranks(ids, table, process_group)
-    index = torch.searchsorted(ids, group_ids.long())
+    # per group: rollouts, then tokens, of the three sides
+    table = segment_sum(counts, index, n, process_group)
 
     rollouts, tokens = table[:, :3].double(), table[:, 3:].double()
     groups = (rollouts.sum(1) > 0).sum()
@@ -119,7 +126,7 @@ def aggregation_weights(
     else:
         n_side, side_tokens = rollouts[index, side], tokens[index, side]
         row = n_side / (groups * size * side_tokens).clamp_min(1)
-    return masked(row.to(wide(outcome_advantages).dtype)[:, None], counted)
+    return masked(row.to(wide(outcome_advantages).dtype)[:, None], counted & kept[:, None])
 
 
 @torch.no_grad()
@@ -134,7 +141,7 @@ def sign_length_coupling(weights: Tensor, outcome_advantages: Tensor) -> Tensor:
         outcome_advantages: [B], finite where a row has a weight.
 
     Returns:
-        0-d tensor; over ranks, the sum of it.
+        0-d tensor; with weights over ranks, this rank's part of the sum.
 
     Raises:
         ValueError: shapes do not match, or an input that counts is not finite.
@@ -147,19 +154,3 @@ def sign_length_coupling(weights: Tensor, outcome_advantages: Tensor) -> Tensor:
     rows = (weights != 0).any(1)
     check_finite("outcome_advantages", outcome_advantages, rows)
     return (weights.sum(1) * masked(wide(outcome_advantages), rows)).sum()
-
-
-def _merge_over_ranks(
-    ids: Tensor, table: Tensor, process_group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Sorted ids [n] and summed counts [n, k] of all ranks; ids can stand on several of them."""
-    local = torch.cat([ids[:, None], table], 1)
-    longest = torch.tensor(len(local), device=ids.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=process_group)
-    padded = local.new_zeros(int(longest), local.shape[1])  # a row of zero counts is no group
-    padded[: len(local)] = local
-    gathered = [torch.zeros_like(padded) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(gathered, padded, group=process_group)
-    rows = torch.cat(gathered)
-    merged, index = torch.unique(rows[:, 0], return_inverse=True)
-    return merged, segment_sum(rows[:, 1:], index, merged.numel())

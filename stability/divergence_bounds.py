@@ -21,6 +21,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ._numerics import check_mask, check_tokens, excess, k3, masked, maximum, mean_over, total
 
 
 def trust_region_bounds(
@@ -81,3 +84,79 @@ def trust_region_bounds(
         "adaptive": 4 * (tv * reach).sum().item(),
     }
     return bounds | {"unified": min(bounds.values())}
+
+
+@torch.no_grad()
+def trust_region_indicators(
+    log_ratio: Tensor,
+    mask: Tensor,
+    *,
+    horizon: int | None = None,
+    exact_kl: Tensor | None = None,
+    exact_tv: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> dict[str, Tensor]:
+    """The bounds of `trust_region_bounds` on the divergences seen in a batch, for the log.
+
+    Without the exact divergences a token's are estimated from its sample, KL by k3 and total
+    variation by |rho - 1| / 2; their maxima over tokens are then no bounds of anything: watch where
+    they go, and certify nothing by them.
+
+    Args:
+        log_ratio: [B, T] lp_train - lp_rollout of the sampled tokens, nats.
+        mask: [B, T] bool.
+        horizon: T, tokens; None: the longest response of the batch.
+        exact_kl: [B, T] KL(pi_rollout || pi) at each token, nats.
+        exact_tv: [B, T] total variation at each token, in [0, 1].
+        process_group: the ranks whose rows form the batch; every one of them must call. None: this
+            process alone.
+
+    Returns:
+        0-d fp64 tensors, empty when there is no token: `trust_region/max_kl`, `max_tv` (over
+        tokens), `sequence_kl`, `sequence_tv` (mean over responses of their sums), and
+        `trust_region/bound_NAME` for each bound; the expected TV of the adaptive one is the mean
+        over responses at their t-th token, 0 behind their end.
+
+    Raises:
+        ValueError: shapes do not match, an unmasked input is not finite, or the horizon is shorter
+            than a response.
+
+    Source:
+        arXiv 2512.23075; the estimates from samples are ours.
+    """
+    check_mask(mask)
+    check_tokens("log_ratio", log_ratio, mask)
+    lengths = mask.sum(1)
+    longest = maximum(lengths.amax() if len(mask) else lengths.new_zeros(()), process_group)
+    if not longest:
+        return {}
+    if horizon is not None and horizon < longest:
+        raise ValueError(f"expected horizon >= {int(longest)}, the longest row, got {horizon}")
+    log_rho = masked(log_ratio.double(), mask)
+    divergences = []
+    for name, exact, estimate in (
+        ("exact_kl", exact_kl, k3(log_rho)),
+        ("exact_tv", exact_tv, excess(log_rho).abs() / 2),
+    ):
+        if exact is not None:
+            check_tokens(name, exact, mask)
+        x = masked(estimate if exact is None else exact.double().clamp_min(0), mask)
+        peak = maximum(x.amax() if x.numel() else x.new_zeros(()), process_group)
+        divergences += [peak, mean_over(x.sum(1), mask.any(1), process_group)]
+    max_kl, sequence_kl, max_tv, sequence_tv = divergences
+    horizon = int(longest) if horizon is None else horizon
+    own_index = (mask.cumsum(1) - 1).clamp_min(0)
+    token_tv = x.new_zeros(horizon).index_add(0, own_index.flatten(), x.flatten())
+    responses = total(mask.any(1).sum(), process_group)
+    bounds = trust_region_bounds(
+        horizon,
+        max_kl.item(),
+        max_tv.item(),
+        sequence_kl.item(),
+        sequence_tv.item(),
+        token_tv=total(token_tv, process_group) / responses,
+    )
+    seen = dict(max_kl=max_kl, max_tv=max_tv, sequence_kl=sequence_kl, sequence_tv=sequence_tv)
+    return {f"trust_region/{name}": value for name, value in seen.items()} | {
+        f"trust_region/bound_{name}": log_rho.new_tensor(value) for name, value in bounds.items()
+    }

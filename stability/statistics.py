@@ -6,12 +6,13 @@ Shapes: B sequences, T tokens, V vocabulary entries, D width, N = B * T flattene
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..triton_kernels.linear_token_stats import linear_token_stats
 from ..triton_kernels.token_stats import TokenStats, token_stats
-from ._numerics import check_finite, check_mask, check_shape, masked
+from ._numerics import check_finite, check_mask, check_shape, masked, total
 
 _IGNORED = torch.iinfo(torch.int64).min  # no token of a user, so -100 is not passed over
 
@@ -159,17 +160,116 @@ def _unflattened(flat: TokenStats, mask: Tensor, source: str) -> TokenStats:
     return stats
 
 
-def group_index(group_ids: Tensor) -> tuple[Tensor, int]:
-    """Rank of each row's group among the sorted ids: ([B] int64 in 0..n-1, n)."""
-    ids, index = torch.unique(group_ids, return_inverse=True)
-    return index, ids.numel()
+def group_index(group_ids: Tensor, process_group: ProcessGroup | None = None) -> tuple[Tensor, int]:
+    """Rank of each row's group among the sorted ids: ([B] int64 in 0..n-1, n).
+
+    `group_ids` is [B], or [B, K] where K numbers together are the id. With a process group the ids
+    are those of all its ranks, and an id means the same group on every one.
+    """
+    ids = group_ids.long()
+    if process_group is None:
+        found, index = _unique(ids)
+        return index, len(found)
+    rank, sizes = dist.get_rank(process_group), _row_counts(ids, process_group)
+    padded = ids.new_zeros(max(sizes), *ids.shape[1:])
+    padded[: len(ids)] = ids
+    gathered = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=process_group)
+    rows = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+    found, index = _unique(rows)
+    return index.split(sizes)[rank], len(found)
 
 
-def segment_sum(values: Tensor, index: Tensor, n: int) -> Tensor:
-    """[n, ...] sums of the rows of `values` [B, ...] that share an index."""
-    return values.new_zeros((n, *values.shape[1:])).index_add(0, index, values)
+def _unique(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.unique(ids, dim=None if ids.ndim == 1 else 0, return_inverse=True)
 
 
-def segment_min(values: Tensor, index: Tensor, n: int) -> Tensor:
+def _row_counts(x: Tensor, process_group: ProcessGroup) -> list[int]:
+    sizes = torch.zeros(dist.get_world_size(process_group), dtype=torch.int64, device=x.device)
+    sizes[dist.get_rank(process_group)] = len(x)
+    dist.all_reduce(sizes, group=process_group)
+    return sizes.tolist()
+
+
+def segment_sum(
+    values: Tensor, index: Tensor, n: int, process_group: ProcessGroup | None = None
+) -> Tensor:
+    """[n, ...] sums of the rows of `values` [B, ...] that share an index, over all ranks."""
+    sums = values.new_zeros((n, *values.shape[1:])).index_add(0, index, values)
+    return total(sums, process_group)
+
+
+def segment_min(
+    values: Tensor, index: Tensor, n: int, process_group: ProcessGroup | None = None
+) -> Tensor:
     """[n] minima of the entries of `values` [B] that share an index; inf where there is none."""
-    return values.new_full((n,), torch.inf).scatter_reduce(0, index, values, "amin")
+    minima = values.new_full((n,), torch.inf).scatter_reduce(0, index, values, "amin")
+    if process_group is not None:
+        dist.all_reduce(minima, dist.ReduceOp.MIN, group=process_group)
+    return minima
+
+
+def reward_to_go(values: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """[B, T] fp64: sum over the unmasked tokens k >= t of gamma^(tokens from t to k) values_k.
+
+    A masked position (a tool's token) neither adds nor discounts, and holds 0.
+    """
+    values = masked(values.double(), mask)
+    if gamma == 1:
+        return masked(values.flip(1).cumsum(1).flip(1), mask)
+    own_index = (mask.cumsum(1) - 1).clamp_min(0)
+    sums = torch.zeros_like(values).scatter_add(1, own_index, values)  # gaps closed
+    step = 1
+    while step < sums.shape[1]:  # after it, each entry holds its next 2 * step values
+        reach = torch.nn.functional.pad(sums[:, step:], (0, step))
+        sums, step = sums + gamma**step * reach, 2 * step
+    return masked(sums.gather(1, own_index), mask)
+
+
+def pad_packed(values: Tensor, lengths: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Responses that stand behind each other in one row, as [B, T] with a mask.
+
+    The layout is that of variable-length attention, whose `cu_seqlens` are the sums of `lengths`.
+
+    Args:
+        values: [N, ...], the tokens of all responses; differentiable.
+        lengths: [B] of an integer dtype, tokens of each response, with sum N; 0 is allowed.
+        width: T; None: the longest response, at least 1.
+
+    Returns:
+        Values [B, T, ...], 0 at padding, and the mask [B, T] bool.
+
+    Raises:
+        ValueError: the lengths do not add up to N, or one is negative or longer than the width.
+    """
+    if lengths.ndim != 1 or lengths.is_floating_point() or (lengths < 0).any():
+        raise ValueError(f"expected lengths [B] of whole numbers >= 0, got {lengths}")
+    if int(lengths.sum()) != len(values):
+        raise ValueError(f"expected lengths that sum to {len(values)}, got {int(lengths.sum())}")
+    longest = int(lengths.max()) if len(lengths) else 0
+    width = max(longest, 1) if width is None else width
+    if width < max(longest, 1):
+        raise ValueError(f"expected width >= {max(longest, 1)}, got {width}")
+    mask = torch.arange(width, device=values.device) < lengths.to(values.device)[:, None]
+    padded = values.new_zeros(*mask.shape, *values.shape[1:])
+    return padded.index_put(mask.nonzero(as_tuple=True), values), mask
+
+
+def pack_padded(values: Tensor, lengths: Tensor) -> Tensor:
+    """The inverse of `pad_packed`: [B, T, ...] to [N, ...], differentiable.
+
+    Args:
+        values: [B, T, ...].
+        lengths: [B] of an integer dtype, each in [0, T].
+
+    Returns:
+        [N, ...] with N the sum of lengths.
+
+    Raises:
+        ValueError: a length is out of range.
+    """
+    check_shape("lengths", lengths, values.shape[:1], "[B]")
+    if ((lengths < 0) | (lengths > values.shape[1])).any():
+        raise ValueError(f"expected lengths in [0, {values.shape[1]}], got {lengths.tolist()}")
+    columns = torch.arange(values.shape[1], device=values.device)
+    return values[columns < lengths.to(values.device)[:, None]]

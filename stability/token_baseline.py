@@ -18,7 +18,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ._numerics import (
     check_choice,
@@ -29,10 +31,11 @@ from ._numerics import (
     masked,
     mean_over,
     row_mean,
+    total,
     valid_rows,
     wide,
 )
-from .statistics import group_index, segment_sum
+from .statistics import group_index, reward_to_go, segment_sum
 
 _EPS = 1e-8
 
@@ -75,6 +78,7 @@ def optimal_token_baseline(
     importance: Tensor | None = None,
     tail: Literal["zero_baseline", "keep"] = "zero_baseline",
     valid: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Reward to go minus the energy-weighted mean reward to go of the group at the same position.
 
@@ -98,6 +102,8 @@ def optimal_token_baseline(
             = R; "keep" lets the survivor be its own baseline, so A = 0 up to the 1e-8. With
             leave_one_out the survivor has no baseline and both give A = R.
         valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
+        process_group: ranks over which groups may be spread; every one of them must call, with the
+            same ids, and T may differ. None: this process alone.
 
     Returns:
         Advantages [B, T] in at least fp32, 0 at masked positions. A group with one rollout that has
@@ -123,15 +129,17 @@ def optimal_token_baseline(
         energy = energy * importance.double().square()
 
     energy_so_far = masked(energy, counted).cumsum(1)
-    to_go = masked(token_rewards.double(), counted).flip(1).cumsum(1).flip(1)
+    to_go = reward_to_go(token_rewards, counted)
+    width = _widest(mask, process_group)
     columns = torch.arange(mask.shape[1], device=mask.device)
     own_index = (counted.cumsum(1) - 1).clamp_min(0)
     position = own_index if alignment == "model_token" else columns.expand_as(mask)
-    index, n = group_index(group_ids)
-    slot = index[:, None] * mask.shape[1] + position
+    index, n = group_index(group_ids, process_group)
+    slot = index[:, None] * width + position
 
     def group_sum(values: Tensor) -> Tensor:
-        return segment_sum(values.flatten(), slot.flatten(), n * mask.shape[1])[slot]
+        sums = segment_sum(values.flatten(), slot.flatten(), n * width, process_group)
+        return sums[slot]
 
     weight = masked(energy_so_far, counted)
     numerator, denominator = group_sum(weight * to_go), group_sum(weight)
@@ -139,13 +147,22 @@ def optimal_token_baseline(
         numerator, denominator = numerator - weight * to_go, (denominator - weight).clamp_min(0)
     baseline = numerator / (denominator + _EPS)
 
-    end = torch.where(counted, position + 1, 0).amax(1)
-    alive = segment_sum((columns < end[:, None]).long(), index, n)  # rollouts that reach a position
+    end = torch.where(counted, position + 1, 0).amax(1, keepdim=True)
+    reaches = torch.arange(width, device=mask.device) < end
+    alive = segment_sum(reaches.long(), index, n, process_group)  # rollouts at a position
     alone = (alive[:, 0] <= 1)[index][:, None]
     if tail == "zero_baseline":
         alone = alone | (alive.flatten()[slot] <= 1)
     advantages = masked(to_go - baseline.masked_fill(alone, 0), counted)
     return advantages.to(wide(token_rewards).dtype)
+
+
+def _widest(mask: Tensor, process_group: ProcessGroup | None) -> int:
+    if process_group is None:
+        return mask.shape[1]
+    width = torch.tensor(mask.shape[1], device=mask.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX, group=process_group)
+    return int(width)
 
 
 @torch.no_grad()
@@ -156,6 +173,7 @@ def gradient_variance_proxy(
     mask: Tensor,
     *,
     grad_norm: Tensor | float | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Power of the policy gradient at the logits, to be watched against its signal.
 
@@ -165,6 +183,7 @@ def gradient_variance_proxy(
         sum_p2: [B, T].
         mask: [B, T] bool.
         grad_norm: norm of the batch's gradient, if the caller has it.
+        process_group: the ranks whose rows form the batch; every one must call. None: this process.
 
     Returns:
         0-d tensors: `variance/total_power`, the mean over responses with tokens of
@@ -180,13 +199,13 @@ def gradient_variance_proxy(
     check_mask(mask)
     for name, x in (("advantages", advantages), ("logp", logp), ("sum_p2", sum_p2)):
         check_tokens(name, x, mask)
-    if not mask.any():
+    if not total(mask.sum(), process_group):
         return {}
     energy = logit_gradient_proxy(logp, sum_p2)
     power = row_mean(wide(advantages), mask).square() * masked(energy, mask).sum(1)
     metrics = {
-        "variance/total_power": mean_over(power, mask.any(1)),
-        "variance/mean_energy": mean_over(energy, mask),
+        "variance/total_power": mean_over(power, mask.any(1), process_group),
+        "variance/mean_energy": mean_over(energy, mask, process_group),
     }
     if grad_norm is not None:
         metrics["variance/signal"] = torch.as_tensor(grad_norm, device=power.device).detach() ** 2

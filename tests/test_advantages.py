@@ -5,16 +5,12 @@ from hypothesis import strategies as st
 
 from trimtab.stability import (
     broadcast_advantages,
-    group_relative_advantages,
-    leave_one_out_advantages,
+    dr_grpo_advantages,
+    grpo_advantages,
+    rloo_advantages,
 )
 
-
-def normalised_advantages(rewards, group_ids, *, valid=None):
-    return group_relative_advantages(rewards, group_ids, normalize_std=True, valid=valid)
-
-
-ALL = [group_relative_advantages, normalised_advantages, leave_one_out_advantages]
+ALL = [dr_grpo_advantages, grpo_advantages, rloo_advantages]
 
 
 def by_loops(fn, rewards, group_ids, valid):
@@ -26,11 +22,11 @@ def by_loops(fn, rewards, group_ids, valid):
         own = rewards.double()[i]
         if len(group) == 1:
             continue
-        if fn is leave_one_out_advantages:
+        if fn is rloo_advantages:
             out[i] = own - (r.sum() - own) / (len(group) - 1)
         else:
             out[i] = own - r.mean()
-            if fn is normalised_advantages:
+            if fn is grpo_advantages:
                 out[i] /= r.std(correction=1) + 1e-6
     return out
 
@@ -69,7 +65,7 @@ def test_order_shift_and_scale_of_rewards(fn, seed, scale):
     permuted = fn(rewards[order], group_ids[order], valid=valid[order])
     torch.testing.assert_close(permuted, out[order])
     torch.testing.assert_close(fn(rewards + 3, group_ids, valid=valid), out)
-    if fn is not normalised_advantages:
+    if fn is not grpo_advantages:
         torch.testing.assert_close(fn(scale * rewards, group_ids, valid=valid), scale * out)
 
 
@@ -92,11 +88,9 @@ def test_invalid_rollouts_change_nothing_for_the_others(fn):
 def test_known_values():
     rewards, ids = torch.tensor([1, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 0, 1])
     centred = torch.tensor([0.75, -0.25, -0.25, -0.25, 0.0])
-    torch.testing.assert_close(group_relative_advantages(rewards, ids), centred)
-    torch.testing.assert_close(
-        group_relative_advantages(rewards, ids, normalize_std=True), centred / 0.5
-    )
-    torch.testing.assert_close(leave_one_out_advantages(rewards, ids), centred * 4 / 3)
+    torch.testing.assert_close(dr_grpo_advantages(rewards, ids), centred)
+    torch.testing.assert_close(grpo_advantages(rewards, ids), centred / 0.5)
+    torch.testing.assert_close(rloo_advantages(rewards, ids), centred * 4 / 3)
 
 
 def test_leave_one_out_is_unbiased_by_enumeration():
@@ -107,13 +101,13 @@ def test_leave_one_out_is_unbiased_by_enumeration():
     lp = log_p[actions]
     ids = torch.arange(8).repeat_interleave(3)
     expected = {}
-    for fn in (group_relative_advantages, leave_one_out_advantages):
+    for fn in (dr_grpo_advantages, rloo_advantages):
         a = fn(actions.flatten().double(), ids).view(8, 3)
         surrogate = (lp.sum(1).exp().detach() * (a * lp).mean(1)).sum()
         (expected[fn],) = torch.autograd.grad(surrogate, z, retain_graph=True)
     (truth,) = torch.autograd.grad(log_p[1].exp(), z)
-    torch.testing.assert_close(expected[leave_one_out_advantages], truth)
-    torch.testing.assert_close(expected[group_relative_advantages], truth * 2 / 3)
+    torch.testing.assert_close(expected[rloo_advantages], truth)
+    torch.testing.assert_close(expected[dr_grpo_advantages], truth * 2 / 3)
 
 
 def test_broadcast():
@@ -127,21 +121,21 @@ def test_broadcast():
 def test_bad_inputs_are_named():
     rewards, ids = torch.zeros(3), torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match=r"group_ids \[B\] = \(3,\), got \(2,\)"):
-        group_relative_advantages(rewards, ids[:2])
+        dr_grpo_advantages(rewards, ids[:2])
     with pytest.raises(ValueError, match="integer dtype"):
-        leave_one_out_advantages(rewards, ids.float())
+        rloo_advantages(rewards, ids.float())
     with pytest.raises(ValueError, match=r"valid of torch\.bool"):
-        leave_one_out_advantages(rewards, ids, valid=ids)
+        rloo_advantages(rewards, ids, valid=ids)
     rewards[1] = float("nan")
     with pytest.raises(ValueError, match=r"finite rewards.*nan at \(1,\)"):
-        group_relative_advantages(rewards, ids)
+        dr_grpo_advantages(rewards, ids)
     with pytest.raises(ValueError, match=r"expected rewards \[B\]"):
-        group_relative_advantages(rewards[None], ids)
+        dr_grpo_advantages(rewards[None], ids)
 
 
 # Edits to stability/advantages.py that must turn this file red:
 #   drop `- lowest[index]`                        (equal rewards: rounding noise)
 #   (sizes - 1).clamp_min(1) -> sizes.clamp_min(1) in the variance
-#   sizes / (sizes - 1).clamp_min(1) -> 1 in leave_one_out_advantages
+#   sizes / (sizes - 1).clamp_min(1) -> 1 in rloo_advantages
 #   sizes = segment_sum(torch.ones_like(values), index, n)     (invalid rollouts count)
 #   masked(wide(advantages)[:, None], mask) -> wide(advantages)[:, None] * mask

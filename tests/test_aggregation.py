@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trimtab.stability import (
     aggregation_weights,
     apply_weights,
-    group_relative_advantages,
+    dr_grpo_advantages,
     sign_length_coupling,
 )
 
@@ -121,7 +121,7 @@ def test_one_sided_groups_are_a_token_mean_of_the_group(sign):
 def test_sign_length_coupling():
     # rewards 0 and 1, short successes and long failures
     mask, ids = lengths_to_mask([1, 2, 6, 7, 4, 1, 3]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
-    advantages = group_relative_advantages(torch.tensor([1, 1, 0, 0, 1, 0, 0]), ids).double()
+    advantages = dr_grpo_advantages(torch.tensor([1, 1, 0, 0, 1, 0, 0]), ids).double()
     coupling = {
         rule: sign_length_coupling(weights_of(rule, mask, ids, advantages), advantages).item()
         for rule in RULES
@@ -135,7 +135,7 @@ def test_sign_length_coupling():
 
 def test_graded_rewards_couple_in_balanced_but_not_in_the_sequence_mean():
     mask, ids = lengths_to_mask([1, 7, 4]), torch.zeros(3, dtype=torch.long)
-    advantages = group_relative_advantages(torch.tensor([1.0, 0.8, 0.0]), ids)
+    advantages = dr_grpo_advantages(torch.tensor([1.0, 0.8, 0.0]), ids)
     weights = weights_of("seq_mean", mask, ids, advantages)
     assert sign_length_coupling(weights, advantages).item() == pytest.approx(0, abs=1e-6)
     weights = weights_of("balanced", mask, ids, advantages)

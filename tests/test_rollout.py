@@ -283,7 +283,7 @@ def test_requests_are_checked():
     assert engine.generate([]) == []
     with pytest.raises(ValueError, match=r"requests\[1\].*at least one token"):
         engine.generate([Request([1], Sampling()), Request([], Sampling())])
-    with pytest.raises(ValueError, match=r"requests\[1\].*n and seed may differ"):
+    with pytest.raises(ValueError, match=r"requests\[1\].*whether greedy may differ"):
         engine.generate([Request([1], Sampling()), Request([1], Sampling(top_k=3))])
     with pytest.raises(ValueError, match="max_rows"):
         engine_of(causal_lm(), max_rows=0)

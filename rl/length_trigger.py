@@ -1,0 +1,280 @@
+"""`trimtab-rl length-trigger METRICS.jsonl`: what the length-triggered rate would have done.
+
+Reads the metric log of any run, one JSON object a line (nested ones are flattened, a/b/c), replays
+the detector over it and says when it would have fired and which rate it would have set, with a
+picture. Nothing of the run is needed but the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..optim import LengthDetector
+from .recording import read_rows
+
+# Where logs keep them: ours, verl's, TRL's, others'. The first that a log has is taken.
+_KEYS = {
+    "step": ("update", "step", "global_step", "training/global_step"),
+    "length": (
+        "length",
+        "response_length/mean",
+        "completions/mean_length",
+        "completion_length",
+        "mean_length",
+    ),
+    "truncated": ("truncated", "response_length/clip_ratio", "completions/clipped_ratio"),
+    "mismatch": ("mismatch/k3", "rollout_corr/k3_kl", "sampling/sampling_logp_difference/mean"),
+    "grad_norm": ("grad_norm", "actor/grad_norm"),
+    "lr": ("lr", "actor/lr", "learning_rate"),
+}
+
+
+class Replay(NamedTuple):
+    """What the detector made of a log.
+
+    Args:
+        steps: of each row with a length, as logged.
+        lengths: mean response length, tokens.
+        smoothed: the detector's average of it.
+        rates: learning rate that the run used, or the one given.
+        replayed: learning rate with the detector's factor.
+        triggered_at: the step of the trigger; None if it did not fire.
+        baseline: tokens; None if the log is shorter than the warm-up.
+        keys: which key of the log served as which number.
+    """
+
+    steps: list[float]
+    lengths: list[float]
+    smoothed: list[float]
+    rates: list[float]
+    replayed: list[float]
+    triggered_at: float | None
+    baseline: float | None
+    keys: dict[str, str]
+
+
+def replay(
+    rows: Iterable[dict[str, Any]],
+    detector: LengthDetector,
+    *,
+    keys: dict[str, str] | None = None,
+    lr: float | None = None,
+) -> Replay:
+    """Runs a detector over a log.
+
+    Args:
+        rows: of the log, in order; those without a length are passed over.
+        detector: fresh.
+        keys: names in the log for "step", "length", "truncated", "mismatch", "grad_norm", "lr";
+            those not given are looked for under the names that are known.
+        lr: the rate to scale, if the log has none, or to replace it.
+
+    Returns:
+        A Replay. Periods count in the log's steps, also where it has only every tenth; the warm-up
+        and the averages count its rows. If the run had a length-triggered rate of ours, its factor
+        is divided out of its rates first.
+
+    Raises:
+        ValueError: a key is not in the log, or what the detector needs is missing or no number.
+    """
+    flat = [_flattened(row) for row in rows]
+    found = _keys(flat, keys or {}, needed={"length", *detector.joint})
+    watched = [row for row in flat if _number(row, found["length"]) is not None]
+    steps = [_number(row, found.get("step"), i) for i, row in enumerate(watched)]
+    first = 1 if steps[:1] == [1] else 0  # the detector counts from 0, as schedulers do
+    base_rates = [lr if lr is not None else _base_rate(row, found) for row in watched]
+    if any(rate is None for rate in base_rates):
+        raise ValueError("lr: expected a learning rate in every row of the log, or --lr, got none")
+    smoothed, factors, triggered_at = [], [], None
+    for logged, row in zip(steps, watched, strict=True):
+        step = int(logged) - first
+        factors.append(detector.factor_at(step))
+        fired = detector.observe(
+            _number(row, found["length"]),
+            _number(row, found.get("truncated")),
+            step=step,
+            mismatch=_number(row, found.get("mismatch"), math.nan),
+            grad_norm=_number(row, found.get("grad_norm"), math.nan),
+        )
+        smoothed.append(detector.smoothed)
+        if fired:
+            triggered_at = logged
+    return Replay(
+        steps,
+        [_number(row, found["length"]) for row in watched],
+        smoothed,
+        base_rates,
+        [rate * factor for rate, factor in zip(base_rates, factors, strict=True)],
+        triggered_at,
+        detector.baseline,
+        found,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """The subcommand.
+
+    Args:
+        arguments: behind `length-trigger`.
+
+    Raises:
+        ValueError, ArgumentError: an argument or the log is wrong; nothing is written then.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="trimtab-rl length-trigger",
+        description="When would a length-triggered learning rate have fired, and what would it "
+        "have set? Reads any run's metric log.",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("metrics", type=str, help="JSON lines, one step each")
+    for name, known in _KEYS.items():
+        parser.add_argument(
+            f"--{name}_key", type=str | None, default=None, help=f"default: {', '.join(known)}"
+        )
+    parser.add_argument("--lr", type=float | None, default=None, help="rate, if the log has none")
+    parser.add_argument(
+        "--plot", type=str | None, default=None, help="PNG to write (default: beside the log)"
+    )
+    parser.add_class_arguments(LengthDetector, "detector")
+    parsed = parser.parse_args(arguments)
+    log = Path(parsed.metrics)
+    if not log.is_file():
+        raise ValueError(f"length-trigger: expected a metric log, {parsed.metrics} is no file")
+    options = vars(parsed.detector)
+    keys = {name: parsed[f"{name}_key"] for name in _KEYS if parsed[f"{name}_key"] is not None}
+    picture = Path(parsed.plot) if parsed.plot else log.with_suffix(".length_trigger.png")
+    rows = read_rows(log)
+    logging.getLogger("trimtab.optim").setLevel(logging.ERROR)  # it warns of what is printed below
+    result = replay(rows, LengthDetector(**options), keys=keys, lr=parsed.lr)
+    if not picture.parent.is_dir():
+        raise ValueError(f"--plot: expected a file in a folder that exists, got {picture}")
+    print(describe(result, LengthDetector(**options)))
+    draw(result, picture)
+    print(picture)
+
+
+def describe(result: Replay, detector: LengthDetector) -> str:
+    """The replay in words.
+
+    Args:
+        result: from `replay`.
+        detector: with the same arguments, for the words.
+
+    Returns:
+        A few lines.
+    """
+    used = ", ".join(f"{name} = {key}" for name, key in result.keys.items())
+    lines = [f"{len(result.steps)} steps; {used}"]
+    if result.baseline is None:
+        lines.append(f"shorter than the warm-up of {detector.warmup} steps: nothing to compare")
+        return "\n".join(lines)
+    lines.append(f"baseline: {result.baseline:.1f} tokens over {detector.warmup} steps")
+    if result.triggered_at is None:
+        highest = max(result.smoothed[detector.warmup :], default=result.smoothed[-1])
+        lines.append(
+            f"would not have fired: highest smoothed length {highest:.1f} tokens, "
+            f"{highest / result.baseline:.2f} times the baseline (limit {detector.ratio:g})"
+            if result.baseline > 0
+            else "would not have fired: the baseline is 0 tokens"
+        )
+        return "\n".join(lines)
+    at = result.steps.index(result.triggered_at)
+    lines.append(
+        f"would have fired at step {result.triggered_at:g}: smoothed length "
+        f"{result.smoothed[at]:.1f} tokens"
+    )
+    if detector.mode == "alert":
+        lines.append("mode alert: the rate stays as it is")
+        return "\n".join(lines)
+    period = detector.period_factor * max(result.triggered_at, 1)
+    lines.append(f"the rate falls every {period:g} steps from there (origin: {detector.origin})")
+    factors = [new / old if old else 1.0 for new, old in zip(result.replayed, result.rates)]
+    for (_, before), (i, after) in pairwise(enumerate(factors)):
+        if not math.isclose(before, after):
+            lines.append(
+                f"step {result.steps[i]:g}: learning rate {result.replayed[i]:.3g} in place of "
+                f"{result.rates[i]:.3g} (factor {after:g})"
+            )
+    return "\n".join(lines)
+
+
+def draw(result: Replay, picture: Path) -> None:
+    """Lengths and rates, as they were and as they would have been.
+
+    Args:
+        result: from `replay`.
+        picture: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (length, rate) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    length.plot(result.steps, result.lengths, alpha=0.4, label="mean")
+    length.plot(result.steps, result.smoothed, label="smoothed")
+    if result.baseline is not None:
+        length.axhline(result.baseline, color="gray", linestyle=":", label="baseline")
+    length.set(title="response length (tokens)")
+    rate.plot(result.steps, result.rates, drawstyle="steps-post", label="of the run")
+    rate.plot(result.steps, result.replayed, drawstyle="steps-post", label="length-triggered")
+    rate.set(title="learning rate")
+    for axis in (length, rate):
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(result.keys.get("step", "step"))
+        axis.grid(alpha=0.3)
+        if result.triggered_at is not None:
+            axis.axvline(result.triggered_at, color="tab:red", linestyle="--", label="trigger")
+        axis.legend(fontsize=8)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def _keys(rows: list[dict[str, Any]], given: dict[str, str], needed: set[str]) -> dict[str, str]:
+    """The log's name of each number that it has; a name may leave out the folders before it."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    found = {}
+    for number, known in _KEYS.items():
+        wanted = (given[number],) if number in given else known
+        hits = [name for key in wanted for name in names if name == key]
+        hits += [name for key in wanted for name in names if name.endswith(f"/{key}")]
+        if hits:
+            found[number] = hits[0]
+        elif number in given or number in needed:
+            raise ValueError(
+                f"--{number}_key: expected one of {', '.join(wanted)} in the log, got "
+                f"{json.dumps(names)[:300]}"
+            )
+    return found
+
+
+def _base_rate(row: dict[str, Any], found: dict[str, str]) -> float | None:
+    rate = _number(row, found.get("lr"))
+    factor = _number(row, "length_rate/factor", 1.0)
+    return rate if rate is None or not factor else rate / factor
+
+
+def _number(row: dict[str, Any], key: str | None, default: float | None = None) -> float | None:
+    value = row.get(key)
+    return default if value is None else float(value)
+
+
+def _flattened(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object in each line of the log, got {row!r:.60}")
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= _flattened(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) or value is None:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,294 @@
+"""How far the trainer's log-probabilities are from the rollout engine's: one report, in sums.
+
+Shapes: B sequences, T tokens. r = pi_train / pi_rollout of the sampled token, ln r = lp_train -
+lp_rollout, nats. ppl of a response = exp(-mean_t lp).
+
+A report holds sums and maxima, so reports of micro-batches add up (`a + b`) and those of ranks
+reduce (`all_reduce`) to exactly that of the whole batch; `metrics()` divides at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ._numerics import MAX_LOG_RATIO, check_mask, check_tokens, k3, masked, ratio, row_mean
+
+_P_EDGES = ("1e-6", "1e-4", "1e-2", "0.1", "0.5")  # of the trainer's probability of the token
+_LENGTH_EDGES = (16, 64, 256, 1024, 4096)  # tokens of the response
+_BUCKETS = (
+    *(f"p_{a}_{b}" for a, b in pairwise(("0", *_P_EDGES, "1"))),
+    *(f"length_{a}_{b}" for a, b in pairwise((0, *_LENGTH_EDGES, "inf"))),
+)
+
+
+@dataclass(frozen=True)
+class MismatchReport:
+    """Sums and maxima of one or more batches; made by `mismatch_report`.
+
+    Args:
+        sums: [S] fp64, in an order of this file's own.
+        maxima: [M] fp64, likewise; -inf where nothing was seen.
+        weighted: whether weights were given.
+        masked: whether a kept mask was given.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    weighted: bool
+    masked: bool
+
+    def __add__(self, other: MismatchReport) -> MismatchReport:
+        """The report of both batches together."""
+        if (self.weighted, self.masked) != (other.weighted, other.masked):
+            raise ValueError("expected reports made with the same optional arguments, got others")
+        return MismatchReport(
+            self.sums + other.sums,
+            torch.maximum(self.maxima, other.maxima),
+            self.weighted,
+            self.masked,
+        )
+
+    def all_reduce(self, process_group: ProcessGroup | None = None) -> MismatchReport:
+        """The report of all ranks' batches together; every rank must call.
+
+        Args:
+            process_group: the ranks; None: the default group.
+
+        Returns:
+            A new report, the same on every rank.
+        """
+        sums, maxima = self.sums.clone(), self.maxima.clone()
+        dist.all_reduce(sums, group=process_group)
+        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=process_group)
+        return MismatchReport(sums, maxima, self.weighted, self.masked)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The numbers, under `mismatch/`.
+
+        Returns:
+            0-d fp64 tensors, over tokens unless said otherwise; empty when there is no token.
+            `count`: of tokens. `k1`, `k3`: two estimates of KL(rollout || train), nats.
+            `abs_dlogp_mean`, `abs_dlogp_max`: of |lp_train - lp_rollout|. Over responses:
+            `ppl_train`, `ppl_rollout`, `log_ppl_train`, `log_ppl_rollout`; `log_ppl_gap` (mean of
+            ln ppl_train - ln ppl_rollout), `log_ppl_gap_abs`, `log_ppl_gap_max`, `log_ppl_gap_min`;
+            `ppl_ratio` (mean of ppl_train / ppl_rollout). `chi2_token`: mean r^2 - 1;
+            `chi2_sequence`: that of the product of r over a response. Of r: `ratio_mean`,
+            `ratio_std`, `ratio_max`, `ratio_min`, `ess` = (sum r)^2 / (tokens sum r^2),
+            `fraction_high`, `fraction_low` (outside the bounds). Of the product of r over a
+            response, over responses: `sequence_ratio_mean`, `_std`, `_max`, `_min`, `_ess`,
+            `sequence_fraction_high`, `sequence_fraction_low`. Of the mean of r over a response,
+            over responses: `response_ratio_mean`, `_std`, `_max`, `_min`, `_max_deviation` (from
+            1). With weights: `weight_mean`, `_std`, `_max`, `_min`, `_ess`. With a kept mask:
+            `masked_tokens`, `masked_sequences` (with any token masked), fractions.
+            `abs_dlogp/p_A_B` and `k3/p_A_B`: where the trainer's probability is in [A, B);
+            `abs_dlogp/length_A_B`, `k3/length_A_B`: of responses of A to B - 1 tokens; a bucket
+            without a token is absent.
+        """
+        s = SimpleNamespace(**dict(zip(_SCALARS, self.sums)))
+        if s.tokens == 0:
+            return {}
+        high, low = dict(zip(_MAXIMA, self.maxima)), dict(zip(_MAXIMA, -self.maxima))
+        n, rows = s.tokens, s.sequences
+        out = {
+            "count": n,
+            "k1": s.k1 / n,
+            "k3": s.k3 / n,
+            "abs_dlogp_mean": s.gap / n,
+            "abs_dlogp_max": high["gap"],
+            "ppl_train": s.ppl_train / rows,
+            "ppl_rollout": s.ppl_rollout / rows,
+            "log_ppl_train": s.log_ppl_train / rows,
+            "log_ppl_rollout": s.log_ppl_rollout / rows,
+            "log_ppl_gap": (s.log_ppl_train - s.log_ppl_rollout) / rows,
+            "log_ppl_gap_abs": s.log_ppl_gap_abs / rows,
+            "log_ppl_gap_max": high["log_ppl_gap"],
+            "log_ppl_gap_min": low["-log_ppl_gap"],
+            "ppl_ratio": s.ppl_ratio / rows,
+            "chi2_token": s.ratio2 / n - 1,
+            "chi2_sequence": s.sequence2 / rows - 1,
+            **_moments("ratio", n, s.ratio, s.ratio2),
+            "ratio_max": high["ratio"],
+            "ratio_min": low["-ratio"],
+            "ess": _effective(n, s.ratio, s.ratio2),
+            "fraction_high": s.high / n,
+            "fraction_low": s.low / n,
+            **_moments("sequence_ratio", rows, s.sequence, s.sequence2),
+            "sequence_ratio_max": high["sequence"],
+            "sequence_ratio_min": low["-sequence"],
+            "sequence_ratio_ess": _effective(rows, s.sequence, s.sequence2),
+            "sequence_fraction_high": s.sequence_high / rows,
+            "sequence_fraction_low": s.sequence_low / rows,
+            **_moments("response_ratio", rows, s.response, s.response2),
+            "response_ratio_max": high["response"],
+            "response_ratio_min": low["-response"],
+            "response_ratio_max_deviation": high["response_deviation"],
+        }
+        if self.weighted:
+            out |= _moments("weight", n, s.weight, s.weight2)
+            out |= {"weight_max": high["weight"], "weight_min": low["-weight"]}
+            out["weight_ess"] = _effective(n, s.weight, s.weight2)
+        if self.masked:
+            out["masked_tokens"] = s.masked_tokens / n
+            out["masked_sequences"] = s.masked_sequences / rows
+        table = self.sums[len(_SCALARS) :].view(-1, 3)  # of each bucket: tokens, gap, k3
+        for bucket, (count, gap, divergence) in zip(_BUCKETS, table):
+            if count > 0:
+                out[f"abs_dlogp/{bucket}"] = gap / count
+                out[f"k3/{bucket}"] = divergence / count
+        return {f"mismatch/{name}": value for name, value in out.items()}
+
+
+_SCALARS = (
+    *("tokens", "k1", "k3", "gap", "ratio", "ratio2", "high", "low", "weight", "weight2"),
+    *("masked_tokens", "sequences", "ppl_train", "ppl_rollout", "log_ppl_train"),
+    *("log_ppl_rollout", "log_ppl_gap_abs", "ppl_ratio", "sequence", "sequence2"),
+    *("sequence_high", "sequence_low", "response", "response2", "masked_sequences"),
+)
+_MAXIMA = (
+    *("gap", "ratio", "-ratio", "weight", "-weight", "log_ppl_gap", "-log_ppl_gap"),
+    *("sequence", "-sequence", "response", "-response", "response_deviation"),
+)
+
+
+@torch.no_grad()
+def mismatch_report(
+    logp: Tensor,
+    rollout_logp: Tensor,
+    mask: Tensor,
+    *,
+    low: float = 0.5,
+    high: float = 2.0,
+    weights: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> MismatchReport:
+    """Measures the mismatch of one batch, or of one part of it.
+
+    Args:
+        logp: [B, T] of the trainer, nats.
+        rollout_logp: [B, T] of the rollout engine, nats, at the same temperature.
+        mask: [B, T] bool.
+        low: bound of `fraction_low` on the ratio; counted, not applied.
+        high: bound of `fraction_high`.
+        weights: [B, T] from `importance_weights`, to be reported beside the ratios.
+        kept: [B, T] bool, the mask after trust-region masking or pruning.
+
+    Returns:
+        A report; add it to those of the other micro-batches, `all_reduce` it over ranks, then take
+        its `metrics()`. Log-ratios (summed over a response where a product is meant) are clamped to
+        +-20 before the exp.
+
+    Raises:
+        ValueError: shapes do not match, or an unmasked input is not finite.
+
+    Source:
+        What verl 0.9 logs of its rollout correction, and the buckets of arXiv 2512.23087 (abstract
+        read), whose bound says that the mismatch is in the tail of the distribution.
+    """
+    check_mask(mask)
+    check_tokens("logp", logp, mask)
+    check_tokens("rollout_logp", rollout_logp, mask)
+    train, rollout = masked(logp.double(), mask), masked(rollout_logp.double(), mask)
+    log_r = train - rollout
+    gap, r, divergence = log_r.abs(), ratio(log_r), k3(log_r)
+    rows = mask.any(1)
+    surprise_train, surprise_rollout = row_mean(-train, mask), row_mean(-rollout, mask)
+    log_ppl_gap = surprise_train - surprise_rollout
+    sequence = ratio(log_r.sum(1))
+    response = row_mean(r, mask)
+    tokens = {
+        "tokens": torch.ones_like(r),
+        "k1": -log_r,
+        "k3": divergence,
+        "gap": gap,
+        "ratio": r,
+        "ratio2": r.square(),
+        "high": (r > high).double(),
+        "low": (r < low).double(),
+    }
+    responses = {
+        "sequences": torch.ones_like(sequence),
+        "ppl_train": surprise_train.clamp_max(MAX_LOG_RATIO).exp(),
+        "ppl_rollout": surprise_rollout.clamp_max(MAX_LOG_RATIO).exp(),
+        "log_ppl_train": surprise_train,
+        "log_ppl_rollout": surprise_rollout,
+        "log_ppl_gap_abs": log_ppl_gap.abs(),
+        "ppl_ratio": ratio(log_ppl_gap),
+        "sequence": sequence,
+        "sequence2": sequence.square(),
+        "sequence_high": (sequence > high).double(),
+        "sequence_low": (sequence < low).double(),
+        "response": response,
+        "response2": response.square(),
+    }
+    largest = {
+        "gap": (gap, mask),
+        "ratio": (r, mask),
+        "-ratio": (-r, mask),
+        "log_ppl_gap": (log_ppl_gap, rows),
+        "-log_ppl_gap": (-log_ppl_gap, rows),
+        "sequence": (sequence, rows),
+        "-sequence": (-sequence, rows),
+        "response": (response, rows),
+        "-response": (-response, rows),
+        "response_deviation": ((response - 1).abs(), rows),
+    }
+    if weights is not None:
+        check_tokens("weights", weights, mask)
+        w = weights.double()
+        tokens |= {"weight": w, "weight2": w.square()}
+        largest |= {"weight": (w, mask), "-weight": (-w, mask)}
+    if kept is not None:
+        if kept.shape != mask.shape or kept.dtype != torch.bool:
+            found = f"{tuple(kept.shape)} of {kept.dtype}"
+            raise ValueError(f"expected kept {tuple(mask.shape)} of torch.bool, got {found}")
+        dropped = mask & ~kept
+        tokens["masked_tokens"] = dropped.double()
+        responses["masked_sequences"] = dropped.any(1).double()
+
+    sums = {name: masked(x, mask).sum() for name, x in tokens.items()}
+    sums |= {name: masked(x, rows).sum() for name, x in responses.items()}
+    nothing = log_r.new_zeros(())
+    tables = torch.stack([tokens["tokens"], gap, divergence], -1)[mask]
+    edges = log_r.new_tensor([math.log(float(edge)) for edge in _P_EDGES])
+    lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]
+    length_edges = lengths.new_tensor(_LENGTH_EDGES)
+    buckets = (
+        _bucket_sums(train[mask], edges, tables),
+        _bucket_sums(lengths, length_edges, tables),
+    )
+    lowest = log_r.new_tensor(-math.inf)
+    maxima = {
+        name: torch.where(where, x, lowest).amax()
+        for name, (x, where) in largest.items()
+        if len(mask)
+    }
+    return MismatchReport(
+        torch.cat([torch.stack([sums.get(name, nothing) for name in _SCALARS]), *buckets]),
+        torch.stack([maxima.get(name, lowest) for name in _MAXIMA]),
+        weights is not None,
+        kept is not None,
+    )
+
+
+def _bucket_sums(values: Tensor, edges: Tensor, table: Tensor) -> Tensor:
+    """Flat sums of the rows of `table` by bucket; an edge belongs to the bucket above it."""
+    bucket = torch.bucketize(values, edges, right=True)
+    return table.new_zeros(len(edges) + 1, table.shape[1]).index_add(0, bucket, table).flatten()
+
+
+def _moments(name: str, n: Tensor, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    mean = first / n
+    return {f"{name}_mean": mean, f"{name}_std": (second / n - mean.square()).clamp_min(0).sqrt()}
+
+
+def _effective(n: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2), 0 when every weight is 0."""
+    return first.square() / (n * torch.where(second > 0, second, 1.0))
