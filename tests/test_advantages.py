@@ -4,10 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.stability import (
+    aggregation_weights,
     broadcast_advantages,
     dr_grpo_advantages,
     grpo_advantages,
+    opo_advantages,
+    reinforce_advantages,
+    reinforce_pp_advantages,
+    remax_advantages,
     rloo_advantages,
+    tree_advantages,
 )
 
 ALL = [dr_grpo_advantages, grpo_advantages, rloo_advantages]
@@ -110,6 +116,154 @@ def test_leave_one_out_is_unbiased_by_enumeration():
     torch.testing.assert_close(expected[dr_grpo_advantages], truth * 2 / 3)
 
 
+def menu(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, ids, valid = batch(seed)
+    n = len(rewards)
+    lengths = torch.randint(0, 6, (n,), generator=generator)
+    paths = torch.randint(0, 2, (n, 3), generator=generator)
+    ends = torch.randint(0, 4, (n,), generator=generator)
+    paths[torch.arange(3) >= ends[:, None]] = -1
+    return rewards.double(), ids, valid, lengths, paths
+
+
+def group_of(i, ids, valid):
+    return [j for j in range(len(ids)) if ids[j] == ids[i] and valid[j]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**20))
+def test_opo_is_the_length_weighted_mean(seed):
+    rewards, ids, valid, lengths, _ = menu(seed)
+    truth = torch.zeros_like(rewards)
+    for i in valid.nonzero().flatten().tolist():
+        group = group_of(i, ids, valid)
+        tokens = lengths[group].double()
+        tokens = tokens if tokens.sum() > 0 else torch.ones_like(tokens)
+        truth[i] = rewards[i] - (tokens * rewards[group]).sum() / tokens.sum()
+    torch.testing.assert_close(opo_advantages(rewards, lengths, ids, valid=valid), truth)
+    same = opo_advantages(rewards, torch.full_like(lengths, 4), ids, valid=valid)
+    torch.testing.assert_close(same, dr_grpo_advantages(rewards, ids, valid=valid))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**20), combine=st.sampled_from(["average", "group_size"]))
+def test_tree_compares_with_those_that_share_the_path(seed, combine):
+    rewards, ids, valid, _, paths = menu(seed)
+    truth = torch.zeros_like(rewards)
+    for i in valid.nonzero().flatten().tolist():
+        found = []
+        for depth in range(4):
+            own = paths[i, :depth].tolist()
+            peers = [j for j in group_of(i, ids, valid) if paths[j, :depth].tolist() == own]
+            if depth and (-1 in own or len(peers) == 1):
+                continue
+            weight = len(peers) if combine == "group_size" else 1
+            found.append((weight, float(rewards[i] - rewards[peers].mean())))
+        truth[i] = sum(w * a for w, a in found) / sum(w for w, _ in found)
+    out = tree_advantages(rewards, ids, paths, combine=combine, valid=valid)
+    torch.testing.assert_close(out, truth)
+    shared = torch.zeros(
+        len(ids), 2, dtype=torch.long
+    )  # one path for all: every depth is the group
+    torch.testing.assert_close(
+        tree_advantages(rewards, ids, shared, valid=valid),
+        dr_grpo_advantages(rewards, ids, valid=valid),
+    )
+
+
+def test_equal_segments_under_different_prefixes_are_different_segments():
+    rewards, ids = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.long)
+    paths = torch.tensor([[0, 7], [0, 7], [1, 7], [1, 8]])
+    out = tree_advantages(rewards, ids, paths)
+    # rows 0 and 1 meet at depths 0, 1, 2; row 2 shares segment 7 with nobody of its prefix
+    torch.testing.assert_close(out, torch.tensor([0.5, -0.5, 0.5, -0.5]))
+    out = tree_advantages(torch.tensor([1.0, 0, 0, 0]), ids, paths)
+    torch.testing.assert_close(out, torch.tensor([(0.75 + 1) / 3, (-0.25 - 1) / 3, -0.125, -0.125]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**20), gamma=st.sampled_from([0.0, 0.5, 1.0]), grouped=st.booleans())
+def test_reinforce_pp_whitens_the_reward_to_go(seed, gamma, grouped):
+    rewards, ids, valid, _, _ = menu(seed)
+    generator = torch.Generator().manual_seed(seed)
+    token_rewards = torch.randn(len(rewards), 6, generator=generator, dtype=torch.float64)
+    mask = torch.rand(len(rewards), 6, generator=generator) < 0.6
+    counted = mask & valid[:, None]
+    to_go = torch.zeros_like(token_rewards)
+    for i, row in enumerate(counted):
+        own = row.nonzero().flatten().tolist()
+        for n, t in enumerate(own):
+            to_go[i, t] = sum(gamma**k * token_rewards[i, u] for k, u in enumerate(own[n:]))
+    if grouped:
+        sums = (token_rewards * counted).sum(1)
+        for i in range(len(ids)):
+            if valid[i]:
+                to_go[i] -= sums[group_of(i, ids, valid)].mean()
+    values = to_go[counted]
+    out = reinforce_pp_advantages(
+        token_rewards, mask, gamma=gamma, group_ids=ids if grouped else None, valid=valid
+    )
+    assert (out[~counted] == 0).all()
+    if len(values) > 1:
+        truth = (values - values.mean()) / (values.var() + 1e-8).sqrt()
+        torch.testing.assert_close(out[counted], truth, rtol=1e-6, atol=1e-6)
+
+
+def test_long_discounts_stay_finite_and_exact():
+    """gamma^T underflows here: no prefix sum divided by it would do."""
+    token_rewards = torch.zeros(1, 3000, dtype=torch.float64)
+    token_rewards[0, -1] = token_rewards[0, 9] = 1
+    mask = torch.ones(1, 3000, dtype=torch.bool)
+    mask[0, 5] = False  # one step less from t < 5
+    out = reinforce_pp_advantages(token_rewards, mask, gamma=0.5)
+    shape = (out - out[0, 100]) / (out[0, -1] - out[0, 100])  # undoes the whitening
+    torch.testing.assert_close(shape[0, -4:], torch.tensor([0.125, 0.25, 0.5, 1]).double())
+    torch.testing.assert_close(shape[0, 3:5], torch.tensor([0.5**5, 0.5**4]).double())
+    assert out.isfinite().all()
+
+
+def test_remax_takes_the_greedy_reward_away_and_leaves_greedy_rows_out():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 9.0, 0.25, 0.0])
+    ids = torch.tensor([4, 4, 4, 9, 9, 9, 9])
+    greedy = torch.tensor([False, True, False, False, False, True, False])
+    out, metrics = remax_advantages(rewards, ids, greedy, clip=5)
+    torch.testing.assert_close(out, torch.tensor([1.0, 0, 0, 0.75, 5, 0, -0.25]))
+    assert metrics["remax/zero_fraction"].item() == pytest.approx(1 / 5)
+    assert metrics["remax/greedy_reward"].item() == pytest.approx(0.125)
+    assert metrics["remax/without_baseline"].item() == 0
+    valid = torch.tensor([True, True, True, True, True, False, False])
+    lost = torch.where(valid, rewards, float("nan"))  # the greedy reward of group 9 was lost
+    out, metrics = remax_advantages(lost, ids, greedy, valid=valid)
+    torch.testing.assert_close(out, torch.tensor([1.0, 0, 0, 0, 0, 0, 0]))
+    assert metrics["remax/without_baseline"].item() == pytest.approx(2 / 4)
+    assert metrics["remax/greedy_reward"].item() == 0
+    weights = aggregation_weights(
+        torch.ones(7, 2, dtype=torch.bool), ids, out, rule="seq_mean", valid=valid & ~greedy
+    )
+    assert (weights[greedy] == 0).all() and weights.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("rows", "found"), [((), 0), ((0, 2), 2)])
+def test_remax_refuses_a_group_without_exactly_one_greedy_row(rows, found):
+    greedy = torch.zeros(3, dtype=torch.bool)
+    greedy[list(rows)] = True
+    with pytest.raises(ValueError, match=f"one greedy row.*got {found} in the group with id 6"):
+        remax_advantages(torch.zeros(3), torch.full((3,), 6), greedy)
+
+
+def test_reinforce_is_the_reward():
+    valid = torch.tensor([True, False])
+    out = reinforce_advantages(torch.tensor([2.0, float("nan")]), valid=valid)
+    assert torch.equal(out, torch.tensor([2.0, 0.0]))
+
+
+def test_the_batch_deviation_is_of_the_rewards():
+    rewards, ids = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    out = grpo_advantages(rewards, ids, deviation="batch")
+    torch.testing.assert_close(out, torch.tensor([0.5, -0.5, 0, 0]) / (0.5 + 1e-6))
+
+
 def test_broadcast():
     mask = torch.tensor([[True, False, True], [False, False, False]])
     out = broadcast_advantages(torch.tensor([2.0, float("nan")]), mask)
@@ -131,6 +285,17 @@ def test_bad_inputs_are_named():
         dr_grpo_advantages(rewards, ids)
     with pytest.raises(ValueError, match=r"expected rewards \[B\]"):
         dr_grpo_advantages(rewards[None], ids)
+    with pytest.raises(ValueError, match="deviation"):
+        grpo_advantages(rewards, ids, deviation="token")
+    with pytest.raises(ValueError, match=r"lengths >= 0, got -1"):
+        opo_advantages(torch.zeros(3), -torch.ones(3), ids)
+    with pytest.raises(ValueError, match=r"paths \[B, D\]"):
+        tree_advantages(torch.zeros(3), ids, ids)
+    with pytest.raises(ValueError, match="clip > 0"):
+        remax_advantages(torch.zeros(3), ids, ids == 0, clip=0.0)
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"gamma in \[0, 1\]"):
+        reinforce_pp_advantages(torch.zeros(3, 2), mask, gamma=1.1)
 
 
 # Edits to stability/advantages.py that must turn this file red:
@@ -138,4 +303,6 @@ def test_bad_inputs_are_named():
 #   (sizes - 1).clamp_min(1) -> sizes.clamp_min(1) in the variance
 #   sizes / (sizes - 1).clamp_min(1) -> 1 in rloo_advantages
 #   sizes = segment_sum(torch.ones_like(values), index, n)     (invalid rollouts count)
+#   gamma**step * reach -> gamma * reach in statistics.reward_to_go
+#   shared = inside & (sizes[index] > 1) -> inside   (a subgroup of one counts)
 #   masked(wide(advantages)[:, None], mask) -> wide(advantages)[:, None] * mask

@@ -63,6 +63,39 @@ def aggregation_over_ranks(rank, world, folder, rules):
     dist.destroy_process_group()
 
 
+# test_stability_contract.py
+
+
+def stability_rows(p):
+    """Which rows each of two ranks holds; each drops the columns it has no token in."""
+    first = torch.arange(len(p["mask"])) % 3 == 0
+    return [first.nonzero().flatten(), (~first).nonzero().flatten()]
+
+
+def stability_over_ranks(rank, world, folder):
+    """Every case on this rank's rows of three problems."""
+    import stability_cases as cases
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    torch.set_num_threads(1)
+    for seed in range(3):
+        p = cases.problem(seed)
+        t = p["mask"].shape[1]
+        mine = cases.rows_of(p, stability_rows(p)[rank])
+        if rank:  # this rank's padding is wider
+            mine = cases.padded(mine, [t, t])
+        found = {}
+        for name, case in cases.CASES.items():
+            outputs = {key: x.double() for key, x in case(mine, dist.group.WORLD).items()}
+            if rank and outputs.get("row", torch.zeros(0)).ndim == 2:
+                outputs["row"] = outputs["row"][:, :t]
+            found[name] = outputs
+        torch.save(found, f"{folder}/{seed}_{rank}.pt")
+    dist.destroy_process_group()
+
+
 # test_integration_lightning.py
 
 
