@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,13 +154,23 @@ def main(arguments: list[str]) -> None:
     keys = {name: parsed[f"{name}_key"] for name in _KEYS if parsed[f"{name}_key"] is not None}
     picture = Path(parsed.plot) if parsed.plot else log.with_suffix(".length_trigger.png")
     rows = read_rows(log)
-    logging.getLogger("trimtab.optim").setLevel(logging.ERROR)  # it warns of what is printed below
-    result = replay(rows, LengthDetector(**options), keys=keys, lr=parsed.lr)
+    with _silenced("trimtab.optim.lr_scheduler"):  # it warns of what is printed below
+        result = replay(rows, LengthDetector(**options), keys=keys, lr=parsed.lr)
     if not picture.parent.is_dir():
         raise ValueError(f"--plot: expected a file in a folder that exists, got {picture}")
     print(describe(result, LengthDetector(**options)))
     draw(result, picture)
     print(picture)
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def describe(result: Replay, detector: LengthDetector) -> str:

@@ -8,6 +8,8 @@ from trimtab.stability import (
     aggregation_weights,
     apply_weights,
     dr_grpo_advantages,
+    pack_padded,
+    pad_packed,
     sign_length_coupling,
 )
 
@@ -164,6 +166,35 @@ def test_an_all_masked_rollout_counts_in_its_group():
 
 
 @each_rule
+@pytest.mark.parametrize("zero_advantage", ["count", "exclude"])
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**20))
+def test_denominators_of_kept_rollouts(rule, zero_advantage, seed):
+    """Total: the weights as they are, 0 where dropped. Kept: as if the dropped were not there."""
+    mask, ids, advantages, valid = batch(seed)
+    keep = torch.rand(len(mask), generator=torch.Generator().manual_seed(seed)) < 0.6
+    options = {"zero_advantage": zero_advantage}
+    plain = weights_of(rule, mask, ids, advantages, valid=valid, **options)
+    total = weights_of(rule, mask, ids, advantages, valid=valid, keep=keep, **options)
+    assert torch.equal(total, plain * keep[:, None])
+    kept = weights_of(
+        rule, mask, ids, advantages, valid=valid, keep=keep, denominator="kept", **options
+    )
+    alone = weights_of(rule, mask, ids, advantages, valid=valid & keep, **options)
+    assert torch.equal(kept, alone)
+
+
+def test_packed_rows_have_the_weights_of_padded_ones():
+    lengths = torch.tensor([3, 0, 1, 4])
+    ids, advantages = torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    x = torch.randn(8, requires_grad=True)  # one row of all responses, as a packed model gives
+    padded, mask = pad_packed(x, lengths)
+    weights = aggregation_weights(mask, ids, advantages)
+    (grad,) = torch.autograd.grad(apply_weights(padded.square(), weights), x)
+    torch.testing.assert_close(grad, 2 * x.detach() * pack_padded(weights, lengths))
+
+
+@each_rule
 def test_the_gradient_is_the_same_under_any_micro_batch_split(rule):
     inputs, parameter = workers.aggregation_problem()
     weights = weights_of(rule, inputs["mask"], inputs["ids"], inputs["advantages"])
@@ -205,6 +236,10 @@ def test_bad_inputs_are_named():
         aggregation_weights(mask, ids, advantages, rule="seq_mean_token_sum_norm")
     with pytest.raises(ValueError, match="rule"):
         aggregation_weights(mask, ids, advantages, rule="mean")
+    with pytest.raises(ValueError, match="denominator"):
+        aggregation_weights(mask, ids, advantages, denominator="all")
+    with pytest.raises(ValueError, match=r"keep \[B\] = \(2,\)"):
+        aggregation_weights(mask, ids, advantages, keep=mask)
     with pytest.raises(ValueError, match="zero_advantage"):
         aggregation_weights(mask, ids, advantages, zero_advantage="drop")
     with pytest.raises(ValueError, match=r"outcome_advantages \[B\] = \(2,\), got \(2, 2\)"):
@@ -218,4 +253,5 @@ def test_bad_inputs_are_named():
 #   groups = (rollouts.sum(1) > 0).sum()    -> len(rollouts)
 #   groups * size * side_tokens             -> groups * size * tokens.sum(1)[index]
 #   own_tokens = counted.sum(1)             -> mask.sum(1)        (excluded tokens count)
-#   drop the _merge_over_ranks call
+#   segment_sum(counts, index, n, process_group) -> segment_sum(counts, index, n)
+#   rows = rows & kept -> rows        (the kept denominator counts all)

@@ -6,8 +6,14 @@ import pytest
 import torch
 from tiny_models import causal_lm
 
-from trimtab.integrations.vllm import PRUNED_ENGINE, check_pruned_engine, pruned_sampling
-from trimtab.stability import DEFAULT_RHO
+from trimtab.integrations.vllm import (
+    PRUNED_ENGINE,
+    REPLAY_ENGINE,
+    check_pruned_engine,
+    pruned_sampling,
+    sampling_support,
+)
+from trimtab.stability import DEFAULT_RHO, pad_support, pruned_statistics
 from trimtab.triton_kernels.token_stats import token_stats
 
 
@@ -182,6 +188,32 @@ def test_in_vllm_itself(tmp_path, monkeypatch):
             assert stats.in_safe_set.all() and counts == stats.safe_count.tolist()
             logp = torch.tensor([row[v] for row, v in zip(rows, sample.token_ids)])
             torch.testing.assert_close(logp, stats.logp, rtol=0, atol=1e-4)
+
+
+def test_the_sets_of_vllm_become_a_support():
+    """CompletionOutput.sampling_mask is a SamplingMask(token_ids=[[...], ...]); the server's JSON
+    has the nested list itself (vllm/outputs.py and token_in_token_out/protocol.py at 0.32.0)."""
+    sets = [[3, 5], [5]], [[1]]
+    outputs = [
+        SimpleNamespace(token_ids=[5, 5], sampling_mask=SimpleNamespace(token_ids=sets[0])),
+        {"token_ids": [1], "sampling_mask": sets[1]},
+    ]
+    support = sampling_support(outputs)
+    assert support == list(sets)
+    mask = torch.tensor([[True, True], [True, False]])
+    logits = torch.randn(2, 2, 8)
+    tokens = torch.tensor([[5, 5], [1, 0]])
+    found = pruned_statistics(
+        logits, tokens, mask, out_of_set="replay", support=pad_support(support, mask)
+    )
+    want = logits[0, 0, [3, 5]].log_softmax(0)[1]
+    torch.testing.assert_close(found.stats.logp[0, 0], want)
+    assert (found.stats.logp[1] == 0).all()  # one token left is certain
+    with pytest.raises(ValueError, match=r"outputs\[0\]: expected a sampling_mask.*REPLAY_ENGINE"):
+        sampling_support([SimpleNamespace(token_ids=[5], sampling_mask=None)])
+    with pytest.raises(ValueError, match=r"outputs\[0\]: expected 2 sets, one a token, got 1"):
+        sampling_support([{"token_ids": [5, 5], "sampling_mask": [[5]]}])
+    assert REPLAY_ENGINE["return_sampling_mask"] and PRUNED_ENGINE.items() <= REPLAY_ENGINE.items()
 
 
 # Edits to integrations/vllm.py that must turn this file red:

@@ -11,6 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from reward_functions import always_fails, digits_written, fails_on_a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trimtab.optim import LengthDetector
 from trimtab.rl import (
     Capabilities,
     EvaluationConfig,
@@ -32,6 +33,7 @@ from trimtab.rl import (
     evaluate,
 )
 from trimtab.rl.collect import stop_token_ids
+from trimtab.rl.length_trigger import replay
 from trimtab.rl.ranks import check_shares, combined, refuse_precision, refuse_strategy
 from trimtab.rl.rollout import refuse_engine
 
@@ -223,6 +225,21 @@ def test_the_length_trigger_lowers_the_rate_the_optimizer_uses(policy_folder):
     for row in rows:
         assert row["lr"] == pytest.approx(1e-3 * row["length_rate/factor"], rel=1e-6)
     assert rows[-1]["lr"] < rows[0]["lr"]
+    options = dataclasses.asdict(rate) | {"max_length": config.rollout.max_tokens}
+    found = replay(rows, LengthDetector(**options))  # what `trimtab-rl length-trigger` shows
+    assert found.replayed == pytest.approx([row["lr"] for row in rows], rel=1e-6)
+
+
+def test_joint_triggers_read_the_mismatch_and_the_gradient_of_the_update(policy_folder):
+    rate = LengthRateConfig(
+        warmup=1, ratio=1.01, smoothing=0.0, period_factor=1.0, joint={"mismatch": 1e6}
+    )
+    config = config_of(Letters(), policy_folder, lr_warmup=1, length_rate=rate)
+    config = dataclasses.replace(config, updates=6)
+    module, rows = train(config, policy_folder)
+    assert {row["length_rate/factor"] for row in rows} == {1.0}
+    signal = module.lr_schedulers().state_dict()["detector"]["signals"]["mismatch"]
+    assert signal["seen"] == 6 and signal["first_sum"] == pytest.approx(rows[0]["mismatch/k3"])
 
 
 def test_evaluation_counts_what_the_engine_wrote(policy_folder):

@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+import re
 import warnings
 
 import pytest
@@ -253,6 +254,70 @@ def test_truncated_responses_are_a_surge_without_a_known_limit():
     assert detector.triggered_at == 5  # smoothed shares 0.5, 0.75, 0.875
 
 
+def test_growth_sees_a_fast_rise_and_not_a_slow_one():
+    """Both double; against the first steps both are surges, against a slow average only one is."""
+    fast = [100.0] * 30 + [200.0] * 30
+    slow = [100.0] * 30 + [100.0 + i for i in range(200)]
+    found = {}
+    for detector in ("baseline", "growth"):
+        for name, lengths in (("fast", fast), ("slow", slow)):
+            each = LengthDetector(
+                warmup=10, ratio=1.5, smoothing=0.5, detector=detector, slow_smoothing=0.95
+            )
+            for step, length in enumerate(lengths):
+                each.observe(length, step=step)
+            found[detector, name] = each.triggered_at
+    assert found["baseline", "fast"] == 31 and found["baseline", "slow"] is not None
+    assert found["growth", "fast"] == 31 and found["growth", "slow"] is None
+
+
+def joint_trace(mismatches, norms, **joint):
+    detector = LengthDetector(warmup=2, ratio=2.0, smoothing=0.0, joint=joint)
+    for step, (mismatch, norm) in enumerate(zip(mismatches, norms, strict=True)):
+        detector.observe(10.0 if step < 3 else 50.0, step=step, mismatch=mismatch, grad_norm=norm)
+    return detector.triggered_at
+
+
+def test_joint_triggers_wait_for_every_number_to_rise():
+    mismatches, norms = [1.0, 1.0, 1.0, 1.0, 2.1, 2.1], [1.0, 1.0, 9.0, 1.0, 1.0, 4.1]
+    assert joint_trace(mismatches, norms) == 3
+    assert joint_trace(mismatches, norms, mismatch=2.0) == 4
+    assert joint_trace(mismatches, norms, mismatch=2.0, grad_norm=4.0) == 5
+    assert joint_trace(mismatches, norms, mismatch=3.0) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_joint_number_that_is_not_finite_has_risen_and_leaves_the_averages_alone(value):
+    norms = [1.0, 1.0, value, 1.0, value, 1.0]
+    assert joint_trace([None] * 6, norms, grad_norm=4.0) == 4
+    detector = LengthDetector(warmup=2, smoothing=0.5, joint={"grad_norm": 2.0})
+    for step, norm in enumerate(norms):
+        detector.observe(10.0, step=step, grad_norm=norm)
+    assert detector.state_dict()["signals"]["grad_norm"]["smoothed"] == 1.0
+
+
+def test_joint_numbers_are_required_and_resumed():
+    detector = LengthDetector(**EARLY, joint={"mismatch": 1.5})
+    before = detector.state_dict()
+    with pytest.raises(ValueError, match=r"^mismatch: expected a number, because it is in joint"):
+        detector.observe(1.0, step=0)
+    assert detector.state_dict() == before
+    optimizer = make_optimizer()
+    schedule = LengthTriggeredLR(optimizer, **EARLY, joint={"mismatch": 1.5})
+    for mismatch in (0.1, 0.1):
+        schedule.observe(10.0, mismatch=mismatch)
+        optimizer.step()
+        schedule.step()
+    resumed = LengthTriggeredLR(make_optimizer(), **EARLY, joint={"mismatch": 1.5})
+    resumed.load_state_dict(copy.deepcopy(schedule.state_dict()))
+    for each in (schedule, resumed):
+        assert not each.observe(30.0, mismatch=0.14)
+        assert each.observe(30.0, mismatch=0.16)
+    added = LengthTriggeredLR(make_optimizer(), **EARLY, joint={"grad_norm": 1.5})
+    added.load_state_dict(schedule.state_dict())  # a signal that the old run did not watch
+    assert added.triggered_at == schedule.triggered_at
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     s=st.integers(0, 500),
@@ -278,10 +343,12 @@ def test_factor_falls_from_one_to_the_floor(s, period_factor, decay, floor, step
         ("warmup", 0), ("ratio", 1.0), ("ratio", math.inf), ("smoothing", 1.0), ("smoothing", -0.1),
         ("period_factor", 0.0), ("decay", 1.0), ("decay", 0.0), ("floor", 1.1), ("origin", "start"),
         ("mode", "log"), ("max_length", 0), ("saturation", 0.0), ("saturation", math.nan),
+        ("detector", "slope"), ("slow_smoothing", 0.5), ("slow_smoothing", 1.0),
+        ("joint", {"mismatch": 1.0}), ("joint", {"length": 2.0}),
     ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: expected .*found {value!r}"):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*found {re.escape(repr(value))}"):
         LengthDetector(**{name: value})
     optimizer = make_optimizer()
     with pytest.raises(ValueError, match=f"^{name}: "):

@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.stability import clip_metrics, group_metrics
+from trimtab.stability import (
+    aggregation_weights,
+    clip_metrics,
+    entropy_metrics,
+    group_metrics,
+    sign_length_metrics,
+)
 
 
 def groups(seed):
@@ -112,7 +118,62 @@ def test_bad_inputs_are_named():
         group_metrics(torch.tensor([torch.nan]), torch.zeros(1, dtype=torch.long))
 
 
-# Edits to stability/monitors.py that must turn this file red:
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**20))
+def test_entropy_metrics_match_their_definition(seed):
+    lp, advantages, mask = tokens(seed)
+    entropy = lp.abs()
+    found = entropy_metrics(entropy, lp, advantages, mask, lr=0.3)
+    if not mask.any():
+        assert found == {}
+        return
+    x, a = lp[mask].double(), advantages[mask].double()
+    covariance = ((x - x.mean()) * (a - a.mean())).mean().item()
+    assert found["entropy/mean"].item() == pytest.approx(entropy[mask].mean().item(), rel=1e-5)
+    assert found["entropy/covariance"].item() == pytest.approx(covariance, abs=1e-6)
+    assert found["entropy/predicted_change"].item() == pytest.approx(-0.3 * covariance, abs=1e-6)
+
+
+def test_the_prediction_is_the_first_order_change_of_a_natural_gradient_step():
+    """logits += lr A on a bandit: the entropy changes by -lr Cov(ln p, A) + O(lr^2)."""
+    generator = torch.Generator().manual_seed(0)
+    logits, a = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    entropy = lambda z: -(z.softmax(0) * z.log_softmax(0)).sum()
+    # actions in exact proportion to their probability: 10^5 samples, rounded
+    counts = (logits.softmax(0) * 1e5).round().long()
+    lp = logits.log_softmax(0).repeat_interleave(counts)[None]
+    advantages = a.repeat_interleave(counts)[None]
+    mask = torch.ones_like(lp, dtype=torch.bool)
+    for lr in (1e-2, 1e-3):
+        change = (entropy(logits + lr * a) - entropy(logits)).item()
+        found = entropy_metrics(torch.ones_like(lp), lp, advantages, mask, lr=lr)
+        assert found["entropy/predicted_change"].item() == pytest.approx(change, rel=2 * lr + 1e-3)
+
+
+def test_sign_length_metrics():
+    mask = torch.arange(6) < torch.tensor([1, 3, 6, 2])[:, None]
+    outcome, ids = torch.tensor([2.0, 1.0, -1.0, 0.0]), torch.tensor([0, 0, 0, 0])
+    weights = aggregation_weights(mask, ids, outcome, rule="token_mean")
+    found = {k: v.item() for k, v in sign_length_metrics(weights, outcome, mask).items()}
+    assert found == pytest.approx(
+        {
+            "coupling/sum": (2 + 3 - 6) / 12,
+            "coupling/share": (2 + 3 - 6) / (2 + 3 + 6),
+            "coupling/length_positive": 2.0,
+            "coupling/length_negative": 6.0,
+            "coupling/length_gap": 1 / 3,
+        }
+    )
+    one_sided = sign_length_metrics(weights[:2], outcome[:2], mask[:2])
+    assert "coupling/length_gap" not in one_sided and "coupling/length_negative" not in one_sided
+    assert sign_length_metrics(weights, torch.zeros(4), mask) == {}
+    with pytest.raises(ValueError, match="weights"):
+        sign_length_metrics(weights[:, 1:], outcome, mask)
+    with pytest.raises(ValueError, match="lr >= 0"):
+        entropy_metrics(weights, weights, weights, mask, lr=-1.0)
+
+
+# Edits to stability/metrics.py that must turn this file red:
 #   passed = rows & (...)     ->  passed = rewards > pass_threshold
 #   groups = sizes > 0        ->  torch.ones_like(sizes, dtype=torch.bool)
 #   above & (a > 0)           ->  above & (a < 0) in clipped_high

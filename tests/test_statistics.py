@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from trimtab.stability import linear_response_statistics, response_statistics
+from trimtab.stability import (
+    linear_response_statistics,
+    pack_padded,
+    pad_packed,
+    response_statistics,
+)
 
 # (B, T, V): one of each; ragged rows; V past one block of the kernel (4096)
 SHAPES = [(1, 1, 1), (3, 5, 11), (2, 3, 4100)]
@@ -138,6 +143,34 @@ def test_bad_inputs_are_named():
     logits[0, 0, 3] = float("nan")
     with pytest.raises(ValueError, match=r"logits, tokens.*at \(0, 0\)"):
         response_statistics(logits, tokens, mask)
+
+
+def test_packing_is_padding_and_back():
+    values = torch.arange(6.0).view(6, 1).expand(6, 2)
+    lengths = torch.tensor([2, 0, 3, 1])
+    padded, mask = pad_packed(values, lengths)
+    assert padded.shape == (4, 3, 2) and mask.sum(1).tolist() == [2, 0, 3, 1]
+    assert padded[2, :, 0].tolist() == [2.0, 3.0, 4.0] and (padded[~mask] == 0).all()
+    assert torch.equal(pack_padded(padded, lengths), values)
+    wide, _ = pad_packed(values, lengths, width=5)
+    assert wide.shape == (4, 5, 2) and torch.equal(pack_padded(wide, lengths), values)
+    nothing, mask = pad_packed(values[:0], torch.zeros(2, dtype=torch.long))
+    assert nothing.shape == (2, 1, 2) and not mask.any()
+
+
+def test_packing_refuses_lengths_that_do_not_fit():
+    values = torch.zeros(6)
+    for lengths, message in (
+        (torch.tensor([2, 3]), "sum to 6, got 5"),
+        (torch.tensor([7, -1]), "whole numbers >= 0"),
+        (torch.tensor([6.0]), "whole numbers >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pad_packed(values, lengths)
+    with pytest.raises(ValueError, match="width >= 4, got 3"):
+        pad_packed(values, torch.tensor([4, 2]), width=3)
+    with pytest.raises(ValueError, match=r"lengths in \[0, 3\]"):
+        pack_padded(values.view(2, 3), torch.tensor([1, 4]))
 
 
 # Edits to stability/statistics.py that must turn this file red:

@@ -9,6 +9,7 @@ from trimtab.stability import (
     length_neutral_mask,
     sequence_error_rate_mask,
     trust_region_bounds,
+    trust_region_indicators,
     trust_region_mask,
 )
 
@@ -223,6 +224,47 @@ def test_bad_inputs_are_named():
     for fn in ALL:
         with pytest.raises(ValueError, match=r"log_ratio.*nan at \(1, 2\)"):
             fn(log_ratio, mask)
+
+
+def test_indicators_are_the_bounds_of_what_was_seen():
+    mask = torch.tensor([[True, True, False, True], [False, True, False, False]])
+    log_ratio = torch.tensor([[0.1, -0.2, 9.0, 0.05], [9.0, -0.1, 9.0, 9.0]], dtype=torch.float64)
+    kl = torch.tensor([[0.01, 0.03, 9.0, 0.002], [9.0, 0.02, 9.0, 9.0]], dtype=torch.float64)
+    tv = kl.sqrt() / 2
+    found = trust_region_indicators(log_ratio, mask, horizon=10, exact_kl=kl, exact_tv=tv)
+    expected_tv = torch.zeros(10, dtype=torch.float64)
+    expected_tv[:3] = torch.tensor([tv[0, 0] + tv[1, 1], tv[0, 1], tv[0, 3]]) / 2  # by own token
+    bounds = trust_region_bounds(
+        10,
+        0.03,
+        tv[0, 1].item(),
+        (kl[0, [0, 1, 3]].sum() + 0.02).item() / 2,
+        (tv[0, [0, 1, 3]].sum() + tv[1, 1]).item() / 2,
+        token_tv=expected_tv,
+    )
+    got = {
+        k.removeprefix("trust_region/bound_"): v.item() for k, v in found.items() if "bound" in k
+    }
+    assert got == pytest.approx(bounds)
+    assert found["trust_region/max_kl"].item() == 0.03
+
+    sampled = trust_region_indicators(log_ratio, mask)
+    own = log_ratio[mask]
+    k3 = own.exp() - 1 - own
+    assert sampled["trust_region/max_kl"].item() == pytest.approx(k3.max().item())
+    assert sampled["trust_region/max_tv"].item() == pytest.approx(
+        (own.exp() - 1).abs().max().item() / 2
+    )
+    horizon_3 = trust_region_bounds(
+        3,
+        *(sampled[f"trust_region/{n}"].item() for n in ("max_kl", "max_tv")),
+        *(sampled[f"trust_region/sequence_{n}"].item() for n in ("kl", "tv")),
+    )
+    for name in ("classical_kl", "coupling", "mixed_tv"):
+        assert sampled[f"trust_region/bound_{name}"].item() == pytest.approx(horizon_3[name])
+    assert trust_region_indicators(log_ratio, torch.zeros_like(mask)) == {}
+    with pytest.raises(ValueError, match="horizon >= 3"):
+        trust_region_indicators(log_ratio, mask, horizon=2)
 
 
 # Edits to stability/trust_region.py and divergence_bounds.py that must turn this file red:

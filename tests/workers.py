@@ -96,6 +96,22 @@ def stability_over_ranks(rank, world, folder):
     dist.destroy_process_group()
 
 
+# test_budget.py
+
+
+def success_rates_over_ranks(rank, world, folder):
+    from trimtab.rl import SuccessRates
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    store = SuccessRates()
+    prompts, rewards = (["a", "b"], [1.0, 0.0]) if rank else (["a", "c", "a"], [0.0, 1.0, 1.0])
+    store.observe(prompts, torch.tensor(rewards), process_group=dist.group.WORLD)
+    torch.save(store.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
 # test_integration_lightning.py
 
 

@@ -1,0 +1,144 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from trimtab.optim import LengthDetector, LengthTriggeredLR
+from trimtab.rl.cli import main
+from trimtab.rl.length_trigger import describe, replay
+
+SMALL = dict(warmup=5, ratio=1.5, smoothing=0.5, period_factor=1.0)
+
+
+def length_at(step):
+    return 100.0 if step < 20 else 100.0 + 20 * (step - 20)
+
+
+def log_of_a_run(steps, *, triggered):
+    """Rows as our loop writes them: the rate of the update, and after it the factor."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.8)
+    base = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 10)
+    schedule = LengthTriggeredLR(optimizer, base, **SMALL) if triggered else base
+    rows = []
+    for step in range(steps):
+        row = {"update": step + 1, "length": length_at(step), "lr": optimizer.param_groups[0]["lr"]}
+        optimizer.step()
+        if triggered:
+            schedule.observe(length_at(step))
+            row["length_rate/factor"] = schedule.factor
+            row["length_rate/triggered"] = float(schedule.triggered_at is not None)
+        schedule.step()
+        rows.append(row)
+    return rows
+
+
+def test_the_replay_of_a_run_is_what_the_run_did():
+    ran = log_of_a_run(90, triggered=True)
+    assert min(row["length_rate/factor"] for row in ran) <= 0.25
+    for rows in (log_of_a_run(90, triggered=False), ran):  # its own factor is divided out first
+        found = replay(rows, LengthDetector(**SMALL))
+        assert found.replayed == pytest.approx([row["lr"] for row in ran], rel=1e-12)
+        assert found.triggered_at == next(r["update"] for r in ran if r["length_rate/triggered"])
+        assert found.baseline == 100.0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda s, n: {"step": s, "data": {"response_length/mean": n, "actor/lr": 0.1}},  # verl
+        lambda s, n: {"step": s, "completions/mean_length": n, "learning_rate": 0.1},  # TRL
+        lambda s, n: {"training/global_step": s, "x": {"y": {"mean_length": n}}, "lr": 0.1},
+    ],
+)
+def test_logs_of_others_are_read(row):
+    rows = [row(s + 1, length_at(s)) for s in range(60)]
+    rows.insert(3, {"note": "a row without a length", "evaluation": None})
+    found = replay(rows, LengthDetector(**SMALL))
+    expected = replay(log_of_a_run(60, triggered=False), LengthDetector(**SMALL))
+    assert found.triggered_at == expected.triggered_at and found.lengths == expected.lengths
+
+
+def test_periods_count_in_steps_where_only_every_tenth_was_logged():
+    rows = [{"step": 10 * i, "length": length_at(i), "lr": 1.0} for i in range(90)]
+    found = replay(rows, LengthDetector(**SMALL))
+    s = found.triggered_at
+    falls = [
+        step for step, a, b in zip(found.steps[1:], found.replayed, found.replayed[1:]) if b < a
+    ]
+    assert falls[:2] == [2 * s, 3 * s]
+
+
+def test_the_command_says_when_and_draws(tmp_path, capsys, caplog):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in log_of_a_run(90, triggered=False)))
+    options = [f"--detector.{name}={value}" for name, value in SMALL.items()]
+    with caplog.at_level(logging.WARNING):
+        main(["length-trigger", str(log), *options])
+    out = capsys.readouterr().out
+    assert "would have fired at step 25: smoothed length" in out
+    assert "step 49: learning rate 0.4 in place of 0.8 (factor 0.5)" in out
+    assert "lr = lr" in out and not caplog.records
+    picture = tmp_path / "metrics.length_trigger.png"
+    assert str(picture) in out and picture.read_bytes()[:4] == b"\x89PNG"
+    main(["length-trigger", str(log), "--plot", str(tmp_path / "p.png"), "--detector.ratio=99"])
+    out = capsys.readouterr().out
+    assert "would not have fired" in out and (tmp_path / "p.png").is_file()
+    main(["length-trigger", str(log), *options, "--detector.mode=alert"])
+    assert "mode alert" in capsys.readouterr().out
+
+
+def test_joint_numbers_come_from_the_log():
+    rows = log_of_a_run(90, triggered=False)
+    for row in rows:
+        row["grad_norm"] = 1.0 if row["update"] < 60 else 3.0
+    alone = replay(rows, LengthDetector(**SMALL))
+    joint = replay(rows, LengthDetector(**SMALL, joint={"grad_norm": 2.0}))
+    assert alone.triggered_at == 25 and joint.triggered_at == 61
+    assert joint.keys["grad_norm"] == "grad_norm"
+    with pytest.raises(ValueError, match=r"--mismatch_key: expected one of mismatch/k3"):
+        replay(rows, LengthDetector(**SMALL, joint={"mismatch": 2.0}))
+
+
+def test_a_log_shorter_than_the_warm_up_and_one_of_zeros():
+    rows = [{"step": i, "length": 0.0, "lr": 1.0} for i in range(1, 4)]
+    assert "shorter than the warm-up" in describe(replay(rows, LengthDetector()), LengthDetector())
+    found = replay(rows * 3, LengthDetector(**SMALL))
+    assert "baseline is 0 tokens" in describe(found, LengthDetector(**SMALL))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ('{"step": 1, "length": 5}\n', [], "lr: expected a learning rate in every row"),
+        ('{"step": 1, "lr": 5}\n', [], "--length_key: expected one of length"),
+        ('{"length": 5, "lr": 1}\n', ["--length_key=size"], "--length_key: expected one of size"),
+        ("[1, 2]\n", [], "expected a JSON object in each line"),
+        ("{\n{}\n", [], "m.jsonl:1: not JSON"),
+        ("", [], "--length_key"),
+        ('{"length": 5, "lr": 1}\n', ["--detector.ratio=0.5"], "ratio: expected"),
+        (
+            '{"length": 5, "lr": 1}\n',
+            ["--plot=no/where.png"],
+            "--plot: expected a file in a folder",
+        ),
+        (None, [], "expected a metric log"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path, capsys, text, arguments, message):
+    log = tmp_path / "m.jsonl"
+    if text is not None:
+        log.write_text(text)
+    with pytest.raises(SystemExit) as left:
+        main(["length-trigger", str(log), *arguments])
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ([] if text is None else ["m.jsonl"])
+
+
+# Edits to rl/length_trigger.py that must turn this file red:
+#   first = 1 if steps[:1] == [1] else 0  ->  0
+#   rate / factor  ->  rate
+#   name.endswith(f"/{key}")  ->  False
+#   step=step,  ->  step=len(factors) - 1
