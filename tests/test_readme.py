@@ -17,7 +17,7 @@ SHELL = [code for language, code in BLOCKS if language == "bash"]
 YAML = [code for language, code in BLOCKS if language == "yaml"]
 
 
-SNIPPETS = ["plain-torch", "shared-prefix", "fused-head", "generate", "lightning"]
+SNIPPETS = ["plain-torch", "stability", "shared-prefix", "fused-head", "generate", "lightning"]
 
 
 @pytest.mark.parametrize("code", PYTHON[:-1], ids=SNIPPETS)
