@@ -128,33 +128,38 @@ def optimal_token_baseline(
         check_tokens("importance", importance, counted)
         energy = energy * importance.double().square()
 
-    energy_so_far = masked(energy, counted).cumsum(1)
+    weight = masked(masked(energy, counted).cumsum(1), counted)
     to_go = reward_to_go(token_rewards, counted)
-    width = _widest(mask, process_group)
-    columns = torch.arange(mask.shape[1], device=mask.device)
     own_index = (counted.cumsum(1) - 1).clamp_min(0)
-    position = own_index if alignment == "model_token" else columns.expand_as(mask)
+    if alignment == "model_token":  # gaps closed, until the end
+        weight, to_go = (torch.zeros_like(x).scatter_add(1, own_index, x) for x in (weight, to_go))
+        end = counted.sum(1, keepdim=True)
+    else:
+        columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+        end = torch.where(counted, columns, 0).amax(1, keepdim=True)
+
+    width = _widest(mask, process_group)
     index, n = group_index(group_ids, process_group)
-    slot = index[:, None] * width + position
 
     def group_sum(values: Tensor) -> Tensor:
-        sums = segment_sum(values.flatten(), slot.flatten(), n * width, process_group)
-        return sums[slot]
+        """[B, T], at each row and position the sum over its group."""
+        values = torch.nn.functional.pad(values, (0, width - values.shape[1]))
+        return segment_sum(values, index, n, process_group)[index, : mask.shape[1]]
 
-    weight = masked(energy_so_far, counted)
     numerator, denominator = group_sum(weight * to_go), group_sum(weight)
     if leave_one_out:  # fp64: what is left can be small beside what is taken away
         numerator, denominator = numerator - weight * to_go, (denominator - weight).clamp_min(0)
     baseline = numerator / (denominator + _EPS)
 
-    end = torch.where(counted, position + 1, 0).amax(1, keepdim=True)
-    reaches = torch.arange(width, device=mask.device) < end
-    alive = segment_sum(reaches.long(), index, n, process_group)  # rollouts at a position
-    alone = (alive[:, 0] <= 1)[index][:, None]
+    reaches = torch.arange(mask.shape[1], device=mask.device) < end
+    alive = group_sum(reaches.to(torch.int32))  # rollouts that are not over at the position
+    alone = alive[:, :1] <= 1
     if tail == "zero_baseline":
-        alone = alone | (alive.flatten()[slot] <= 1)
-    advantages = masked(to_go - baseline.masked_fill(alone, 0), counted)
-    return advantages.to(wide(token_rewards).dtype)
+        alone = alone | (alive <= 1)
+    advantages = to_go - baseline.masked_fill(alone, 0)
+    if alignment == "model_token":
+        advantages = advantages.gather(1, own_index)
+    return masked(advantages, counted).to(wide(token_rewards).dtype)
 
 
 def _widest(mask: Tensor, process_group: ProcessGroup | None) -> int:
