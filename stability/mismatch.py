@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._numerics import MAX_LOG_RATIO, check_mask, check_tokens, k3, masked, ratio, row_mean
+from ._numerics import MAX_LOG_RATIO, check_mask, check_tokens, k3, masked, ratio
+from .statistics import segment_sum
 
 _P_EDGES = ("1e-6", "1e-4", "1e-2", "0.1", "0.5")  # of the trainer's probability of the token
 _LENGTH_EDGES = (16, 64, 256, 1024, 4096)  # tokens of the response
@@ -196,83 +197,77 @@ def mismatch_report(
     check_tokens("logp", logp, mask)
     check_tokens("rollout_logp", rollout_logp, mask)
     train, rollout = masked(logp.double(), mask), masked(rollout_logp.double(), mask)
-    log_r = train - rollout
+    lengths, rows = mask.sum(1), mask.any(1)
+    log_r = (train - rollout)[mask]  # [N], as all of `tokens`
     gap, r, divergence = log_r.abs(), ratio(log_r), k3(log_r)
-    rows = mask.any(1)
-    surprise_train, surprise_rollout = row_mean(-train, mask), row_mean(-rollout, mask)
-    log_ppl_gap = surprise_train - surprise_rollout
-    sequence = ratio(log_r.sum(1))
-    response = row_mean(r, mask)
     tokens = {
         "tokens": torch.ones_like(r),
         "k1": -log_r,
         "k3": divergence,
         "gap": gap,
         "ratio": r,
+        "-ratio": -r,
         "ratio2": r.square(),
         "high": (r > high).double(),
         "low": (r < low).double(),
     }
+    # [rows with tokens], as all of `responses`
+    n = lengths[rows]
+    surprise_train, surprise_rollout = (-x.sum(1)[rows] / n for x in (train, rollout))
+    log_ppl_gap = surprise_train - surprise_rollout
+    sequence = ratio(-log_ppl_gap * n)
+    row_of_token = torch.arange(len(n), device=mask.device).repeat_interleave(n)
+    response = segment_sum(r, row_of_token, len(n)) / n
     responses = {
         "sequences": torch.ones_like(sequence),
         "ppl_train": surprise_train.clamp_max(MAX_LOG_RATIO).exp(),
         "ppl_rollout": surprise_rollout.clamp_max(MAX_LOG_RATIO).exp(),
         "log_ppl_train": surprise_train,
         "log_ppl_rollout": surprise_rollout,
+        "log_ppl_gap": log_ppl_gap,
+        "-log_ppl_gap": -log_ppl_gap,
         "log_ppl_gap_abs": log_ppl_gap.abs(),
         "ppl_ratio": ratio(log_ppl_gap),
         "sequence": sequence,
+        "-sequence": -sequence,
         "sequence2": sequence.square(),
         "sequence_high": (sequence > high).double(),
         "sequence_low": (sequence < low).double(),
         "response": response,
+        "-response": -response,
         "response2": response.square(),
-    }
-    largest = {
-        "gap": (gap, mask),
-        "ratio": (r, mask),
-        "-ratio": (-r, mask),
-        "log_ppl_gap": (log_ppl_gap, rows),
-        "-log_ppl_gap": (-log_ppl_gap, rows),
-        "sequence": (sequence, rows),
-        "-sequence": (-sequence, rows),
-        "response": (response, rows),
-        "-response": (-response, rows),
-        "response_deviation": ((response - 1).abs(), rows),
+        "response_deviation": (response - 1).abs(),
     }
     if weights is not None:
         check_tokens("weights", weights, mask)
-        w = weights.double()
-        tokens |= {"weight": w, "weight2": w.square()}
-        largest |= {"weight": (w, mask), "-weight": (-w, mask)}
+        w = weights[mask].double()
+        tokens |= {"weight": w, "-weight": -w, "weight2": w.square()}
     if kept is not None:
         if kept.shape != mask.shape or kept.dtype != torch.bool:
             found = f"{tuple(kept.shape)} of {kept.dtype}"
             raise ValueError(f"expected kept {tuple(mask.shape)} of torch.bool, got {found}")
         dropped = mask & ~kept
-        tokens["masked_tokens"] = dropped.double()
-        responses["masked_sequences"] = dropped.any(1).double()
+        tokens["masked_tokens"] = dropped[mask].double()
+        responses["masked_sequences"] = dropped.any(1)[rows].double()
 
-    sums = {name: masked(x, mask).sum() for name, x in tokens.items()}
-    sums |= {name: masked(x, rows).sum() for name, x in responses.items()}
-    nothing = log_r.new_zeros(())
-    tables = torch.stack([tokens["tokens"], gap, divergence], -1)[mask]
+    seen = tokens | responses
+    nothing, lowest = log_r.new_zeros(()), log_r.new_full((1,), -math.inf)
+    sums = torch.stack([seen[name].sum() if name in seen else nothing for name in _SCALARS])
+    maxima = [
+        torch.cat([lowest, seen[name]]).amax() if name in seen else lowest[0] for name in _MAXIMA
+    ]
+    table = torch.stack([tokens["tokens"], gap, divergence], -1)
     edges = log_r.new_tensor([math.log(float(edge)) for edge in _P_EDGES])
-    lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]
-    length_edges = lengths.new_tensor(_LENGTH_EDGES)
-    buckets = (
-        _bucket_sums(train[mask], edges, tables),
-        _bucket_sums(lengths, length_edges, tables),
-    )
-    lowest = log_r.new_tensor(-math.inf)
-    maxima = {
-        name: torch.where(where, x, lowest).amax()
-        for name, (x, where) in largest.items()
-        if len(mask)
-    }
+    length_of_token = n.repeat_interleave(n)
     return MismatchReport(
-        torch.cat([torch.stack([sums.get(name, nothing) for name in _SCALARS]), *buckets]),
-        torch.stack([maxima.get(name, lowest) for name in _MAXIMA]),
+        torch.cat(
+            [
+                sums,
+                _bucket_sums(train[mask], edges, table),
+                _bucket_sums(length_of_token, n.new_tensor(_LENGTH_EDGES), table),
+            ]
+        ),
+        torch.stack(maxima),
         weights is not None,
         kept is not None,
     )
