@@ -166,7 +166,8 @@ def gspo(
         clip_high: >= 0.
 
     Returns:
-        Loss of each token, [B, T] in at least fp32; |mean log-ratio| is clamped to 20.
+        Loss of each token, [B, T] in at least fp32; |mean log-ratio| is clamped to 20, and a
+        response beyond it has no gradient.
 
     Raises:
         ValueError: shapes do not match, an input that counts is not finite, or a bound is out of
@@ -178,7 +179,8 @@ def gspo(
     _check_clip(clip_low, clip_high)
     lp, old, a = _prepared(mask, logp=logp, old_logp=old_logp, advantages=advantages)
     log_s = row_mean((lp - old).detach(), mask)[:, None]
-    s = log_s.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * (lp - lp.detach()).exp()
+    own = masked(lp - lp.detach(), log_s.abs() <= MAX_LOG_RATIO)  # 0, and the gradient
+    s = log_s.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * own.exp()
     return masked(torch.maximum(-a * s, -a * s.clamp(1 - clip_low, 1 + clip_high)), mask)
 
 

@@ -87,8 +87,10 @@ class MismatchReport:
             response, over responses: `sequence_ratio_mean`, `_std`, `_max`, `_min`, `_ess`,
             `sequence_fraction_high`, `sequence_fraction_low`. Of the mean of r over a response,
             over responses: `response_ratio_mean`, `_std`, `_max`, `_min`, `_max_deviation` (from
-            1). With weights: `weight_mean`, `_std`, `_max`, `_min`, `_ess`. With a kept mask:
-            `masked_tokens`, `masked_sequences` (with any token masked), fractions.
+            1), `response_fraction_high`, `response_fraction_low`. With weights: `weight_mean`,
+            `_std`, `_max`, `_min`, `_ess`; of their means over responses `response_weight_mean`,
+            `_std`, `_max`, `_min`, `_max_deviation`. With a kept mask: `masked_tokens`,
+            `masked_sequences` (with any token masked), fractions.
             `abs_dlogp/p_A_B` and `k3/p_A_B`: where the trainer's probability is in [A, B);
             `abs_dlogp/length_A_B`, `k3/length_A_B`: of responses of A to B - 1 tokens; a bucket
             without a token is absent.
@@ -131,11 +133,17 @@ class MismatchReport:
             "response_ratio_max": high["response"],
             "response_ratio_min": low["-response"],
             "response_ratio_max_deviation": high["response_deviation"],
+            "response_fraction_high": s.response_high / rows,
+            "response_fraction_low": s.response_low / rows,
         }
         if self.weighted:
             out |= _moments("weight", n, s.weight, s.weight2)
             out |= {"weight_max": high["weight"], "weight_min": low["-weight"]}
             out["weight_ess"] = _effective(n, s.weight, s.weight2)
+            out |= _moments("response_weight", rows, s.response_weight, s.response_weight2)
+            out["response_weight_max"] = high["response_weight"]
+            out["response_weight_min"] = low["-response_weight"]
+            out["response_weight_max_deviation"] = high["response_weight_deviation"]
         if self.masked:
             out["masked_tokens"] = s.masked_tokens / n
             out["masked_sequences"] = s.masked_sequences / rows
@@ -149,6 +157,7 @@ class MismatchReport:
 
 _SCALARS = (
     *("tokens", "k1", "k3", "gap", "ratio", "ratio2", "high", "low", "weight", "weight2"),
+    *("response_high", "response_low", "response_weight", "response_weight2"),
     *("masked_tokens", "sequences", "ppl_train", "ppl_rollout", "log_ppl_train"),
     *("log_ppl_rollout", "log_ppl_gap_abs", "ppl_ratio", "sequence", "sequence2"),
     *("sequence_high", "sequence_low", "response", "response2", "masked_sequences"),
@@ -156,6 +165,7 @@ _SCALARS = (
 _MAXIMA = (
     *("gap", "ratio", "-ratio", "weight", "-weight", "log_ppl_gap", "-log_ppl_gap"),
     *("sequence", "-sequence", "response", "-response", "response_deviation"),
+    *("response_weight", "-response_weight", "response_weight_deviation"),
 )
 
 
@@ -197,8 +207,10 @@ def mismatch_report(
     check_tokens("logp", logp, mask)
     check_tokens("rollout_logp", rollout_logp, mask)
     train, rollout = masked(logp.double(), mask), masked(rollout_logp.double(), mask)
+    place = mask.flatten().nonzero().squeeze(1)  # once: a boolean index looks for it each time
     lengths, rows = mask.sum(1), mask.any(1)
-    log_r = (train - rollout)[mask]  # [N], as all of `tokens`
+    train_of_token = train.flatten()[place]
+    log_r = train_of_token - rollout.flatten()[place]  # [N], as all of `tokens`
     gap, r, divergence = log_r.abs(), ratio(log_r), k3(log_r)
     tokens = {
         "tokens": torch.ones_like(r),
@@ -237,17 +249,26 @@ def mismatch_report(
         "-response": -response,
         "response2": response.square(),
         "response_deviation": (response - 1).abs(),
+        "response_high": (response > high).double(),
+        "response_low": (response < low).double(),
     }
     if weights is not None:
         check_tokens("weights", weights, mask)
-        w = weights[mask].double()
+        w = weights.flatten()[place].double()
         tokens |= {"weight": w, "-weight": -w, "weight2": w.square()}
+        of_response = segment_sum(w, row_of_token, len(n)) / n
+        responses |= {
+            "response_weight": of_response,
+            "-response_weight": -of_response,
+            "response_weight2": of_response.square(),
+            "response_weight_deviation": (of_response - 1).abs(),
+        }
     if kept is not None:
         if kept.shape != mask.shape or kept.dtype != torch.bool:
             found = f"{tuple(kept.shape)} of {kept.dtype}"
             raise ValueError(f"expected kept {tuple(mask.shape)} of torch.bool, got {found}")
         dropped = mask & ~kept
-        tokens["masked_tokens"] = dropped[mask].double()
+        tokens["masked_tokens"] = dropped.flatten()[place].double()
         responses["masked_sequences"] = dropped.any(1)[rows].double()
 
     seen = tokens | responses
@@ -263,7 +284,7 @@ def mismatch_report(
         torch.cat(
             [
                 sums,
-                _bucket_sums(train[mask], edges, table),
+                _bucket_sums(train_of_token, edges, table),
                 _bucket_sums(length_of_token, n.new_tensor(_LENGTH_EDGES), table),
             ]
         ),

@@ -27,15 +27,17 @@ from ._numerics import (
     wide,
 )
 
+_STATISTICS = ("k2", "k3", "abs_log_ratio", "exact_kl")
+
 
 @torch.no_grad()
 def trust_region_mask(
     log_ratio: Tensor,
     mask: Tensor,
     *,
-    max_statistic: Literal["k2", "abs_log_ratio", "exact_kl"] = "k2",
+    max_statistic: Literal["k2", "k3", "abs_log_ratio", "exact_kl"] = "k2",
     max_threshold: float = 0.05,
-    mean_statistic: Literal["k3", "exact_kl"] = "k3",
+    mean_statistic: Literal["k2", "k3", "abs_log_ratio", "exact_kl"] = "k3",
     mean_threshold: float = 0.001,
     exact_kl: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,9 +46,10 @@ def trust_region_mask(
     Args:
         log_ratio: [B, T] lp_train - lp_rollout of the sampled tokens, nats.
         mask: [B, T] bool.
-        max_statistic: "k2" = (ln rho)^2 / 2, "abs_log_ratio" = |ln rho|, or "exact_kl".
+        max_statistic: "k2" = (ln rho)^2 / 2, "k3" = rho - 1 - ln rho, "abs_log_ratio" = |ln rho|,
+            or "exact_kl".
         max_threshold: upper bound, inclusive, on the statistic's maximum over the tokens.
-        mean_statistic: "k3" = rho - 1 - ln rho, or "exact_kl".
+        mean_statistic: of the same.
         mean_threshold: upper bound, inclusive, on the statistic's mean over the tokens.
         exact_kl: [B, T] KL(pi_rollout || pi) at each token, nats; only with it the paper's
             guarantee holds.
@@ -64,8 +67,8 @@ def trust_region_mask(
     """
     check_mask(mask)
     check_tokens("log_ratio", log_ratio, mask)
-    check_choice("max_statistic", max_statistic, ("k2", "abs_log_ratio", "exact_kl"))
-    check_choice("mean_statistic", mean_statistic, ("k3", "exact_kl"))
+    check_choice("max_statistic", max_statistic, _STATISTICS)
+    check_choice("mean_statistic", mean_statistic, _STATISTICS)
     if exact_kl is not None:
         check_tokens("exact_kl", exact_kl, mask)
     elif "exact_kl" in (max_statistic, mean_statistic):

@@ -1,8 +1,8 @@
 """SharedPrefixGRPOTrainer against GRPOTrainer, on real runs of a tiny Llama.
 
-CI has no TRL, so this file is skipped there. To run it: pip install trl==1.16.0, then
-pytest tests/test_integration_trl.py (about 45 s on one core). From a folder on PYTHONPATH it works
-as well if the folder is named site-packages: dill pickles other folders' modules by value.
+CI has no TRL, so this file is skipped there: `make test-trl` runs it (about 45 s on one core). By
+hand, from a folder on PYTHONPATH: it has to be named site-packages, because dill pickles other
+folders' modules by value.
 """
 
 import contextlib

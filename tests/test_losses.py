@@ -202,6 +202,14 @@ def test_gspo_clips_whole_responses():
     torch.testing.assert_close(grad, torch.tensor([[-1.0, -1.0], [0.0, 0.0]]))
 
 
+def test_gspo_beyond_the_clamp_has_no_gradient():
+    logp = torch.tensor([[30.0, 30.0], [-30.0, -30.0], [19.0, 19.0]], requires_grad=True)
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    loss = gspo(logp, torch.zeros(3, 2), -torch.ones(3, 2), mask=mask, clip_low=1.0)
+    (grad,) = torch.autograd.grad(loss.sum(), logp)
+    assert loss.isfinite().all() and (grad[:2] == 0).all() and (grad[2] > 0).all()
+
+
 def test_dppo_stops_only_what_runs_away():
     """A token whose p already rose by more than the bound trains no more upwards, but downwards."""
     logp = torch.tensor([[0.9, 0.9, 0.1, 0.1]]).log().requires_grad_()

@@ -51,6 +51,7 @@ def test_metrics_match_their_definitions(seed):
     products = [math.exp((a - b)[i, mask[i]].sum().item()) for i in rows]
     means = [(a - b)[i, mask[i]].exp().mean().item() for i in rows]
     w = weights.double()[mask].tolist()
+    weight_means = [weights.double()[i, mask[i]].mean().item() for i in rows]
     expected = {
         "count": len(r),
         "k1": -d.mean().item(),
@@ -87,6 +88,13 @@ def test_metrics_match_their_definitions(seed):
         "response_ratio_max": max(means),
         "response_ratio_min": min(means),
         "response_ratio_max_deviation": max(abs(x - 1) for x in means),
+        "response_fraction_high": high(means),
+        "response_fraction_low": low(means),
+        "response_weight_mean": mean(weight_means),
+        "response_weight_std": std(weight_means),
+        "response_weight_max": max(weight_means),
+        "response_weight_min": min(weight_means),
+        "response_weight_max_deviation": max(abs(x - 1) for x in weight_means),
         "weight_mean": mean(w),
         "weight_std": std(w),
         "weight_max": max(w),

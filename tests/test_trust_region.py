@@ -125,6 +125,19 @@ def test_each_statistic_cuts_at_its_threshold():
         exact_kl=kl,
     )
     assert out[0].tolist() == [False, True]
+    out = trust_region_mask(  # k3 at -0.34 is 0.0518
+        log_ratio, mask, max_statistic="k3", max_threshold=0.05, **loose
+    )
+    assert out[0].tolist() == [True, False]
+    for statistic, threshold in (("k2", 0.05), ("k3", 0.045), ("abs_log_ratio", 0.32)):
+        out = trust_region_mask(
+            log_ratio,
+            mask,
+            max_threshold=1.0,
+            mean_statistic=statistic,
+            mean_threshold=threshold,
+        )
+        assert out[0].tolist() == [True, False]
     metrics = out[1]
     assert metrics["trust_region/rejected_by_mean"].item() == 0.5
     assert metrics["trust_region/rejected_by_peak"].item() == 0
@@ -209,7 +222,7 @@ def test_bad_inputs_are_named():
     with pytest.raises(ValueError, match="exact_kl"):
         trust_region_mask(log_ratio, mask, max_statistic="exact_kl")
     with pytest.raises(ValueError, match="max_statistic"):
-        trust_region_mask(log_ratio, mask, max_statistic="k3")
+        trust_region_mask(log_ratio, mask, max_statistic="k1")
     with pytest.raises(ValueError, match="horizon"):
         length_neutral_mask(log_ratio, mask, horizon=2, max_tv=0.1, max_kl=0.1)
     with pytest.raises(ValueError, match="max_tv"):
