@@ -26,7 +26,7 @@ from typing import Any
 
 from ..stability import DEFAULT_RHO
 
-# of vllm.LLM, 0.28 or later, for `sampling_support`; every request needs top_k > 0 there
+# of vllm.LLM, 0.28 or later, for `replayed_sampling` and `sampling_support`
 REPLAY_ENGINE = {"logprobs_mode": "processed_logprobs", "return_sampling_mask": True}
 PRUNED_ENGINE = {"logprobs_mode": "processed_logprobs"}  # of vllm.LLM and vllm.EngineArgs
 
@@ -100,6 +100,48 @@ def pruned_sampling(
     return neutral | {"temperature": temperature, "min_p": rho, "logprobs": logprobs} | others
 
 
+def replayed_sampling(
+    *,
+    top_k: int,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    temperature: float = 1.0,
+    logprobs: int | None = 0,
+    **others: Any,
+) -> dict[str, Any]:
+    """Keyword arguments of `vllm.SamplingParams` for an engine made with REPLAY_ENGINE.
+
+    The trainer renormalises over the sets that the engine returns (`sampling_support`, then
+    `pruned_statistics(..., out_of_set="replay")`), so any truncation is right here.
+
+    Args:
+        top_k: >= 1; vLLM returns no set without it, because it bounds the set's size.
+        top_p: in (0, 1].
+        min_p: in [0, 1).
+        temperature: >= 0.01, and the trainer's.
+        logprobs: as in `pruned_sampling`.
+        others: more arguments of SamplingParams, none that changes the distribution otherwise.
+
+    Returns:
+        A new dict.
+
+    Raises:
+        ValueError: a number is out of range, or another argument changes the distribution.
+
+    Source:
+        arXiv 2512.02556; vLLM 0.28 or later.
+    """
+    for name, holds, expected, found in (
+        ("top_k", top_k >= 1, "a count >= 1, without which vLLM returns no set", top_k),
+        ("top_p", 0 < top_p <= 1, "a mass in (0, 1]", top_p),
+        ("min_p", 0 <= min_p < 1, "a ratio in [0, 1)", min_p),
+    ):
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, found {found}")
+    options = pruned_sampling(temperature=temperature, logprobs=logprobs, **others)
+    return options | {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+
+
 def check_pruned_engine(vllm_config: Any) -> None:
     """Raises if an engine's log-probs are not of the pruned distribution.
 
@@ -148,7 +190,7 @@ def sampling_support(outputs: Sequence[Any]) -> list[list[list[int]]]:
         if found is None:
             raise ValueError(
                 f"outputs[{i}]: expected a sampling_mask, got none; make the engine with "
-                "**REPLAY_ENGINE and requests with top_k > 0"
+                "**REPLAY_ENGINE and requests by `replayed_sampling`"
             )
         sets = [list(kept) for kept in getattr(found, "token_ids", found)]
         if len(sets) != len(fields["token_ids"]):

@@ -69,7 +69,7 @@ class LengthDetector:
         decay: factor of each decay, in (0, 1).
         floor: smallest factor, in [0, 1].
         origin: "trigger" counts periods from S, "warmup" from the step at which the baseline was
-            complete.
+            complete (a late trigger then takes several decays at once).
         mode: "decay", or "alert": logs the surge and leaves the factor at 1.
         max_length: tokens, the limit of a response; None if there is none.
         saturation: in (0, 1]; a smoothed length of this share of `max_length`, or this smoothed
@@ -79,7 +79,8 @@ class LengthDetector:
         slow_smoothing: weight of the past in that slower average, in [smoothing, 1).
         joint: other numbers that must have risen with the length, by the same detector, before it
             triggers: "mismatch" and "grad_norm", each with its own ratio above 1, say {"mismatch":
-            1.5, "grad_norm": 2.0}. None: the length alone decides.
+            1.5, "grad_norm": 2.0}. With "growth" that is their slope. None: the length alone
+            decides.
 
     Raises:
         ValueError: an argument out of range.
@@ -105,10 +106,12 @@ class LengthDetector:
         slow_smoothing: float = 0.99,
         joint: Mapping[str, float] | None = None,
     ) -> None:
-        joint = dict(joint or {})
-        known = all(name in _JOINT and 1 < value < math.inf for name, value in joint.items())
+        joint = {} if joint is None else joint
+        known = isinstance(joint, Mapping) and all(
+            name in _JOINT and 1 < value < math.inf for name, value in joint.items()
+        )
         for name, valid, expected, found in (
-            ("warmup", warmup >= 1, "at least 1", warmup),
+            ("warmup", warmup == int(warmup) >= 1, "a whole number of at least 1", warmup),
             ("ratio", 1 < ratio < math.inf, "finite and above 1", ratio),
             ("smoothing", 0 <= smoothing < 1, "a number in [0, 1)", smoothing),
             ("period_factor", 0 < period_factor < math.inf, "finite and above 0", period_factor),
@@ -125,7 +128,7 @@ class LengthDetector:
                 f"a number in [smoothing = {smoothing}, 1)",
                 slow_smoothing,
             ),
-            ("joint", known, f"ratios above 1 for names of {_JOINT}", joint),
+            ("joint", known, f"a mapping of names of {_JOINT} to ratios above 1", joint),
         ):
             if not valid:
                 raise ValueError(f"{name}: expected {expected}, found {found!r}")
@@ -141,7 +144,7 @@ class LengthDetector:
         self.saturation = saturation
         self.detector = detector
         self.slow_smoothing = slow_smoothing
-        self.joint = joint
+        self.joint = dict(joint)
         self.rearm()
 
     def rearm(self) -> None:
@@ -185,8 +188,8 @@ class LengthDetector:
             mean_length: tokens, finite and at least 0.
             truncated_fraction: share of responses cut off at the limit, in [0, 1]; None if unknown.
             step: the step it was seen in, counted from 0.
-            mismatch: any measure of it, say `mismatch/k3`; needed if it is in `joint`. A value that
-                is not finite counts as risen and stays out of the averages.
+            mismatch: a measure of it that is at least 0, say `mismatch/k3`; needed if it is in
+                `joint`. A value that is not finite counts as risen and stays out of the averages.
             grad_norm: likewise, before clipping.
 
         Returns:
@@ -209,6 +212,8 @@ class LengthDetector:
         for name, value in others.items():
             if value is None:
                 raise ValueError(f"{name}: expected a number, because it is in joint, found None")
+            if value < 0:
+                raise ValueError(f"{name}: expected a number of at least 0, found {value}")
         broken = {name for name, value in others.items() if not math.isfinite(value)}
         past = self.smoothing if self.observations else 0.0
         if truncated_fraction is not None:
@@ -269,6 +274,11 @@ class LengthDetector:
             raise ValueError(
                 f"state: expected keys {sorted(self.state_dict())}, found {sorted(state)}"
             )
+        fields = vars(_Signal()).keys()
+        if "length" not in state["signals"] or any(
+            signal.keys() != fields for signal in state["signals"].values()
+        ):
+            raise ValueError(f"state: expected signals with {sorted(fields)}, found {state}")
         for name, signal in self._signals.items():
             vars(signal).update(state["signals"].get(name, vars(_Signal())))
         self.smoothed_truncated = state["smoothed_truncated"]
@@ -281,7 +291,8 @@ class LengthTriggeredLR(LRScheduler):
 
     Call `observe` with each step's mean response length, then `step`, as with every torch
     scheduler. The composed rate is exactly the base schedule's times the factor, also for schedules
-    that compute a rate from the last one.
+    that compute a rate from the last one. An `lr` set by hand lasts until the next `step`: change
+    the base schedule instead.
 
     Args:
         optimizer: whose `lr` is set.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,8 @@ def allocate_budget(success_rates: Tensor, budget: int, *, low: int = 2, high: i
     Source:
         arXiv 2509.25849.
     """
+    if not isinstance(success_rates, Tensor):
+        raise ValueError(f"expected success_rates as a tensor, got {type(success_rates).__name__}")
     if success_rates.ndim != 1:
         raise ValueError(f"expected success_rates [M], got {tuple(success_rates.shape)}")
     rates = success_rates.double().cpu().tolist()
@@ -67,7 +69,7 @@ def allocate_budget(success_rates: Tensor, budget: int, *, low: int = 2, high: i
     uniform = budget // max(prompts, 1)  # in [low, high], because the budget is
     counts = [uniform if math.isnan(p) else low for p in rates]
     left = budget - sum(counts)
-    heap = [(-_gain(p, low), i) for i, p in enumerate(rates) if 0 < p < 1]  # NaN is not
+    heap = [(-_log_gain(p, low), i) for i, p in enumerate(rates) if 0 < p < 1]  # NaN is not
     heapq.heapify(heap)
     while left and heap:
         _, i = heapq.heappop(heap)
@@ -75,7 +77,7 @@ def allocate_budget(success_rates: Tensor, budget: int, *, low: int = 2, high: i
             continue
         counts[i] += 1
         left -= 1
-        heapq.heappush(heap, (-_gain(rates[i], counts[i]), i))
+        heapq.heappush(heap, (-_log_gain(rates[i], counts[i]), i))
     hopeful = [i for i, p in enumerate(rates) if p == 0]
     others = [i for i, p in enumerate(rates) if p != 0]
     for rows in (hopeful, others):
@@ -88,9 +90,11 @@ def allocate_budget(success_rates: Tensor, budget: int, *, low: int = 2, high: i
     return torch.tensor(counts, dtype=torch.int64)
 
 
-def _gain(p: float, n: int) -> float:
-    """Value(n + 1, p) - Value(n, p) without cancellation."""
-    return p * (1 - p) ** 2 * (p**n * (1 - p) + (1 - p) ** n * p)
+def _log_gain(p: float, n: int) -> float:
+    """ln of Value(n + 1, p) - Value(n, p), which itself is soon too small for a float."""
+    a, b = math.log(p), math.log1p(-p)
+    high, low = max(n * a + b, n * b + a), min(n * a + b, n * b + a)
+    return a + 2 * b + high + math.log1p(math.exp(low - high))
 
 
 def allocation_value(success_rates: Tensor, counts: Tensor) -> Tensor:
@@ -102,7 +106,11 @@ def allocation_value(success_rates: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         0-d fp64 tensor.
+
+    Raises:
+        ValueError: shapes do not match.
     """
+    _check_pair(success_rates, counts)
     p, n = success_rates.double(), counts.double()
     return ((1 - p**n - (1 - p) ** n) * p * (1 - p) ** 2).sum()
 
@@ -123,9 +131,7 @@ def budget_metrics(success_rates: Tensor, counts: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: shapes do not match.
     """
-    if success_rates.shape != counts.shape or success_rates.ndim != 1:
-        shapes = f"{tuple(success_rates.shape)} and {tuple(counts.shape)}"
-        raise ValueError(f"expected success_rates and counts [M], got {shapes}")
+    _check_pair(success_rates, counts)
     p, n = success_rates.double().cpu(), counts.double().cpu()
     known = ~p.isnan()
     buckets = {"unseen": ~known, "0": p == 0, "1": p == 1}
@@ -139,6 +145,12 @@ def budget_metrics(success_rates: Tensor, counts: Tensor) -> dict[str, Tensor]:
         mixed = 1 - p[known] ** n[known] - (1 - p[known]) ** n[known]
         metrics["budget/mixed_expected"] = mixed.mean()
     return metrics
+
+
+def _check_pair(success_rates: Tensor, counts: Tensor) -> None:
+    if success_rates.shape != counts.shape or success_rates.ndim != 1:
+        shapes = f"{tuple(success_rates.shape)} and {tuple(counts.shape)}"
+        raise ValueError(f"expected success_rates and counts [M], got {shapes}")
 
 
 class SuccessRates:
@@ -166,14 +178,14 @@ class SuccessRates:
         if not math.isfinite(threshold):
             raise ValueError(f"expected a finite threshold, got {threshold}")
         self.decay, self.smoothing, self.threshold = decay, smoothing, threshold
-        self._counts: dict[Hashable, tuple[float, float]] = {}  # successes and rollouts, decayed
+        self._counts: dict[str | int, tuple[float, float]] = {}  # successes and rollouts, decayed
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def observe(
         self,
-        prompt_ids: Sequence[Hashable],
+        prompt_ids: Sequence[str | int],
         rewards: Tensor,
         *,
         valid: Tensor | None = None,
@@ -194,15 +206,17 @@ class SuccessRates:
             ValueError: shapes do not match, or a reward that counts is not finite; nothing is
                 recorded then.
         """
+        prompt_ids = _checked(prompt_ids)
         if rewards.ndim != 1 or len(prompt_ids) != len(rewards):
             found = f"{len(prompt_ids)} and {tuple(rewards.shape)}"
             raise ValueError(f"expected a prompt id for each of rewards [B], got {found}")
         counted = torch.ones(len(rewards), dtype=torch.bool) if valid is None else valid.cpu()
-        if counted.dtype != torch.bool or len(counted) != len(rewards):
-            raise ValueError(f"expected valid [B] of torch.bool, got {counted.dtype}")
+        if counted.dtype != torch.bool or counted.shape != rewards.shape:
+            found = f"{tuple(counted.shape)} of {counted.dtype}"
+            raise ValueError(f"expected valid {tuple(rewards.shape)} of torch.bool, got {found}")
         if not rewards.cpu()[counted].isfinite().all():
             raise ValueError("expected finite rewards where they count, got NaN or inf")
-        found: dict[Hashable, tuple[float, float]] = {}
+        found: dict[str | int, tuple[float, float]] = {}
         rows = zip(prompt_ids, rewards.tolist(), counted.tolist(), strict=True)
         for prompt, reward, counts in rows:
             if counts:
@@ -223,7 +237,7 @@ class SuccessRates:
                 self.decay * before[1] + rollouts,
             )
 
-    def rates(self, prompt_ids: Sequence[Hashable]) -> Tensor:
+    def rates(self, prompt_ids: Sequence[str | int]) -> Tensor:
         """Success rates of some prompts.
 
         Args:
@@ -232,9 +246,10 @@ class SuccessRates:
         Returns:
             [M] fp64 in [0, 1]; NaN at a prompt that was never observed.
         """
-        return torch.tensor([self._rate(prompt) for prompt in prompt_ids], dtype=torch.float64)
+        rates = [self._rate(prompt) for prompt in _checked(prompt_ids)]
+        return torch.tensor(rates, dtype=torch.float64)
 
-    def _rate(self, prompt: Hashable) -> float:
+    def _rate(self, prompt: str | int) -> float:
         if prompt not in self._counts:
             return math.nan
         successes, rollouts = self._counts[prompt]
@@ -243,12 +258,12 @@ class SuccessRates:
         return successes / rollouts
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything recorded, as plain numbers: {"counts": {id: [successes, rollouts]}}.
+        """Everything recorded: {"prompts": [[id, successes, rollouts], ...]}, decayed counts.
 
         Returns:
-            A new dict. Ids must be strings or ints for `torch.load(weights_only=True)`.
+            A new dict of plain values, for `torch.load(weights_only=True)` and for JSON.
         """
-        return {"counts": {prompt: list(pair) for prompt, pair in self._counts.items()}}
+        return {"prompts": [[prompt, *pair] for prompt, pair in self._counts.items()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned; the constructor's arguments stay.
@@ -259,13 +274,22 @@ class SuccessRates:
         Raises:
             ValueError: other keys, or counts that are none; nothing is restored then.
         """
-        if state.keys() != {"counts"}:
-            raise ValueError(f"expected state with keys ['counts'], got {sorted(state)}")
-        counts = {prompt: (float(s), float(n)) for prompt, (s, n) in state["counts"].items()}
+        if state.keys() != {"prompts"}:
+            raise ValueError(f"expected state with keys ['prompts'], got {sorted(state)}")
+        counts = {prompt: (float(s), float(n)) for prompt, s, n in state["prompts"]}
         wrong = [prompt for prompt, (s, n) in counts.items() if not 0 <= s <= n or n == 0]
         if wrong:
             raise ValueError(f"expected 0 <= successes <= rollouts, got others for {wrong[0]!r}")
         self._counts = counts
+
+
+def _checked(prompt_ids: Sequence[str | int]) -> list[str | int]:
+    """Ids as a list; tensors are equal to nothing but themselves as keys, so none of those."""
+    ids = list(prompt_ids)
+    if not all(isinstance(prompt, str | int) for prompt in ids):
+        kinds = sorted({type(prompt).__name__ for prompt in ids})
+        raise ValueError(f"expected prompt_ids of str or int (tensor.tolist()), got {kinds}")
+    return ids
 
 
 def with_greedy_extras(requests: Sequence[Request]) -> list[Request]:

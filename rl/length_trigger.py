@@ -7,6 +7,7 @@ picture. Nothing of the run is needed but the log.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -19,21 +20,24 @@ from typing import Any, NamedTuple
 from ..optim import LengthDetector
 from .recording import read_rows
 
-# Where logs keep them: ours, verl's, TRL's, others'. The first that a log has is taken.
+# Where logs keep them: ours, verl's, TRL's, others'. The first that a log has is taken, as it
+# stands or behind other folders (but timing/step is no step).
 _KEYS = {
     "step": ("update", "step", "global_step", "training/global_step"),
     "length": (
-        "length",
         "response_length/mean",
         "completions/mean_length",
+        "length",
         "completion_length",
         "mean_length",
     ),
-    "truncated": ("truncated", "response_length/clip_ratio", "completions/clipped_ratio"),
+    "truncated": ("response_length/clip_ratio", "completions/clipped_ratio", "truncated"),
     "mismatch": ("mismatch/k3", "rollout_corr/k3_kl", "sampling/sampling_logp_difference/mean"),
-    "grad_norm": ("grad_norm", "actor/grad_norm"),
-    "lr": ("lr", "actor/lr", "learning_rate"),
+    "grad_norm": ("actor/grad_norm", "grad_norm"),
+    "lr": ("actor/lr", "lr", "learning_rate"),
 }
+_WHOLE_ONLY = ("update", "step")
+_OWN_FACTOR = "length_rate/factor"
 
 
 class Replay(NamedTuple):
@@ -46,6 +50,8 @@ class Replay(NamedTuple):
         rates: learning rate that the run used, or the one given.
         replayed: learning rate with the detector's factor.
         triggered_at: the step of the trigger; None if it did not fire.
+        surge: index of the first row after the warm-up at which the length alone would have fired.
+        skipped: rows without a finite length, or that a resumed run wrote again.
         baseline: tokens; None if the log is shorter than the warm-up.
         keys: which key of the log served as which number.
     """
@@ -56,6 +62,8 @@ class Replay(NamedTuple):
     rates: list[float]
     replayed: list[float]
     triggered_at: float | None
+    surge: int | None
+    skipped: int
     baseline: float | None
     keys: dict[str, str]
 
@@ -86,23 +94,31 @@ def replay(
     """
     flat = [_flattened(row) for row in rows]
     found = _keys(flat, keys or {}, needed={"length", *detector.joint})
-    watched = [row for row in flat if _number(row, found["length"]) is not None]
+    watched = [row for row in flat if math.isfinite(_number(row, found["length"], math.nan))]
     steps = [_number(row, found.get("step"), i) for i, row in enumerate(watched)]
+    if not all(map(math.isfinite, steps)):
+        raise ValueError(f"step: expected finite numbers under {found['step']!r}, got NaN or inf")
+    kept = _without_abandoned(steps)
+    watched, steps = [watched[i] for i in kept], [steps[i] for i in kept]
+    skipped = sum(found["length"] in row for row in flat) - len(watched)
     first = 1 if steps[:1] == [1] else 0  # the detector counts from 0, as schedulers do
     base_rates = [lr if lr is not None else _base_rate(row, found) for row in watched]
     if any(rate is None for rate in base_rates):
         raise ValueError("lr: expected a learning rate in every row of the log, or --lr, got none")
+    joint = {name: _held([_number(row, found[name]) for row in watched]) for name in detector.joint}
+    alone = copy.deepcopy(detector)
+    alone.joint = {}
     smoothed, factors, triggered_at = [], [], None
-    for logged, row in zip(steps, watched, strict=True):
+    for i, (logged, row) in enumerate(zip(steps, watched, strict=True)):
         step = int(logged) - first
         factors.append(detector.factor_at(step))
-        fired = detector.observe(
-            _number(row, found["length"]),
-            _number(row, found.get("truncated")),
-            step=step,
-            mismatch=_number(row, found.get("mismatch"), math.nan),
-            grad_norm=_number(row, found.get("grad_norm"), math.nan),
-        )
+        truncated = _number(row, found.get("truncated"))
+        seen = {
+            "mean_length": _number(row, found["length"]),
+            "truncated_fraction": truncated if truncated is None or 0 <= truncated <= 1 else None,
+        }
+        alone.observe(**seen, step=i)
+        fired = detector.observe(**seen, step=step, **{name: x[i] for name, x in joint.items()})
         smoothed.append(detector.smoothed)
         if fired:
             triggered_at = logged
@@ -113,9 +129,31 @@ def replay(
         base_rates,
         [rate * factor for rate, factor in zip(base_rates, factors, strict=True)],
         triggered_at,
+        alone.triggered_at,
+        skipped,
         detector.baseline,
         found,
     )
+
+
+def _without_abandoned(steps: list[float]) -> list[int]:
+    """Indices of the rows that count: a resumed run goes back and writes some steps again."""
+    kept: list[int] = []
+    for i, step in enumerate(steps):
+        while kept and steps[kept[-1]] >= step:
+            kept.pop()
+        kept.append(i)
+    return kept
+
+
+def _held(values: list[float | None]) -> list[float]:
+    """Numbers logged now and then, held in between; the first one also before it."""
+    known = [x for x in values if x is not None]
+    held, last = [], known[0]
+    for x in values:
+        last = last if x is None else x
+        held.append(last)
+    return held
 
 
 def main(arguments: list[str]) -> None:
@@ -184,11 +222,18 @@ def describe(result: Replay, detector: LengthDetector) -> str:
         A few lines.
     """
     used = ", ".join(f"{name} = {key}" for name, key in result.keys.items())
-    lines = [f"{len(result.steps)} steps; {used}"]
+    passed = f" ({result.skipped} rows passed over)" if result.skipped else ""
+    lines = [f"{len(result.steps)} steps{passed}; {used}"]
     if result.baseline is None:
         lines.append(f"shorter than the warm-up of {detector.warmup} steps: nothing to compare")
         return "\n".join(lines)
     lines.append(f"baseline: {result.baseline:.1f} tokens over {detector.warmup} steps")
+    if result.triggered_at is None and result.surge is not None:
+        lines.append(
+            f"would not have fired: the length surged at step {result.steps[result.surge]:g}, but "
+            f"{' and '.join(detector.joint)} had not risen with it"
+        )
+        return "\n".join(lines)
     if result.triggered_at is None:
         highest = max(result.smoothed[detector.warmup :], default=result.smoothed[-1])
         lines.append(
@@ -206,7 +251,8 @@ def describe(result: Replay, detector: LengthDetector) -> str:
     if detector.mode == "alert":
         lines.append("mode alert: the rate stays as it is")
         return "\n".join(lines)
-    period = detector.period_factor * max(result.triggered_at, 1)
+    first = 1 if result.steps[0] == 1 else 0
+    period = detector.period_factor * max(result.triggered_at - first, 1)
     lines.append(f"the rate falls every {period:g} steps from there (origin: {detector.origin})")
     factors = [new / old if old else 1.0 for new, old in zip(result.replayed, result.rates)]
     for (_, before), (i, after) in pairwise(enumerate(factors)):
@@ -256,8 +302,15 @@ def _keys(rows: list[dict[str, Any]], given: dict[str, str], needed: set[str]) -
     found = {}
     for number, known in _KEYS.items():
         wanted = (given[number],) if number in given else known
-        hits = [name for key in wanted for name in names if name == key]
-        hits += [name for key in wanted for name in names if name.endswith(f"/{key}")]
+        ways = [[name for name in names if name == key] for key in wanted]
+        ways += [
+            [name for name in names if name.endswith(f"/{key}")]
+            for key in wanted
+            if number in given or key not in _WHOLE_ONLY
+        ]
+        hits = next((way for way in ways if way), [])
+        if len(hits) > 1:
+            raise ValueError(f"--{number}_key: expected one key, the log has {', '.join(hits)}")
         if hits:
             found[number] = hits[0]
         elif number in given or number in needed:
@@ -270,13 +323,17 @@ def _keys(rows: list[dict[str, Any]], given: dict[str, str], needed: set[str]) -
 
 def _base_rate(row: dict[str, Any], found: dict[str, str]) -> float | None:
     rate = _number(row, found.get("lr"))
-    factor = _number(row, "length_rate/factor", 1.0)
+    own = next((name for name in row if f"/{name}".endswith(f"/{_OWN_FACTOR}")), None)
+    factor = _number(row, own, 1.0)
     return rate if rate is None or not factor else rate / factor
 
 
 def _number(row: dict[str, Any], key: str | None, default: float | None = None) -> float | None:
     value = row.get(key)
-    return default if value is None else float(value)
+    try:
+        return default if value is None else float(value)
+    except ValueError:
+        raise ValueError(f"{key}: expected a number in the log, got {value!r:.60}") from None
 
 
 def _flattened(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -286,6 +343,6 @@ def _flattened(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in row.items():
         if isinstance(value, dict):
             flat |= _flattened(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) or value is None:
+        elif isinstance(value, int | float | str) or value is None:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -6,6 +6,9 @@ stands at a masked position never matters, not even NaN: it is replaced, not mul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -65,12 +68,40 @@ def row_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked(x, mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
+@contextmanager
+def agreed(process_group: ProcessGroup | None, like: Tensor) -> Iterator[None]:
+    """Checks whose error one rank alone may see: every rank of the group raises, or none.
+
+    Without it the others would wait in the next collective for a rank that has left.
+    """
+    error = None
+    try:
+        yield
+    except ValueError as found:
+        error = found
+    if process_group is not None:
+        device = like.device if isinstance(like, Tensor) else None
+        failed = torch.tensor(float(error is not None), device=device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=process_group)
+        if failed and error is None:
+            raise ValueError("expected sound input on every rank, got an error on another rank")
+    if error is not None:
+        raise error
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"expected {name} as a tensor, got {type(x).__name__}")
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    check_tensor(name, x)
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"expected {name} {letters} = {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def check_mask(mask: Tensor) -> None:
+    check_tensor("mask", mask)
     if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] == 0:
         raise ValueError(
             f"expected mask [B, T] of torch.bool, T >= 1, got {tuple(mask.shape)} of {mask.dtype}"

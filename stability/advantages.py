@@ -18,8 +18,8 @@ said otherwise.
 Common to all: rollouts of a group may be spread over the ranks of `process_group`, and the result
 is that of one process; a rollout with `valid` False counts nowhere and gets 0; in a group of one
 the baseline is the reward itself, so the advantage is 0 (some frameworks give r there).
-Rewards are taken relative to the group's smallest one first: a group of equal rewards then has
-advantages of exactly zero, and its sign, which `aggregation_weights` uses, is not rounding noise.
+Sums are fp64, and an advantage below 32 eps (of the rewards' dtype) of the group's spread is 0: a
+reward that is the mean has no sign of rounding's making, which `aggregation_weights` would use.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._numerics import (
+    agreed,
     check_choice,
     check_finite,
     check_groups,
     check_mask,
     check_shape,
+    check_tensor,
     check_tokens,
     masked,
     mean_over,
@@ -84,8 +86,8 @@ def grpo_advantages(
         power = segment_sum(centred.square(), index, len(sizes), process_group)
         scale = (power / (sizes - 1).clamp_min(1)).sqrt()[index]
     else:
-        scale = _batch_deviation(wide(rewards.detach()), rows, process_group)
-    return masked(centred / (scale + _STD_EPS), rows)
+        scale = _batch_deviation(rewards.detach().double(), rows, process_group)
+    return masked(centred / (scale + _STD_EPS), rows).to(wide(rewards).dtype)
 
 
 @torch.no_grad()
@@ -114,7 +116,7 @@ def dr_grpo_advantages(
     Source:
         Dr. GRPO, arXiv 2503.20783; its other half is the rule "seq_mean_token_sum_norm".
     """
-    return _centred(rewards, group_ids, valid, process_group)[0]
+    return _centred(rewards, group_ids, valid, process_group)[0].to(wide(rewards).dtype)
 
 
 @torch.no_grad()
@@ -144,7 +146,8 @@ def rloo_advantages(
         RLOO, arXiv 2402.14740.
     """
     centred, sizes, _, index = _centred(rewards, group_ids, valid, process_group)
-    return centred * (sizes / (sizes - 1).clamp_min(1))[index]
+    out = centred * (sizes / (sizes - 1).clamp_min(1))[index]
+    return out.to(wide(rewards).dtype)
 
 
 @torch.no_grad()
@@ -177,17 +180,21 @@ def opo_advantages(
     Source:
         OPO, arXiv 2505.23585.
     """
-    above, rows, index, n = _above_lowest(rewards, group_ids, valid, process_group)
-    check_shape("lengths", lengths, rewards.shape, "[B]")
-    check_finite("lengths", lengths, rows)
-    if (masked(lengths, rows) < 0).any():
-        raise ValueError(f"expected lengths >= 0, got {lengths[rows].min().item()}")
+    with agreed(process_group, rewards):
+        rows = _check(rewards, group_ids, valid)
+        check_shape("lengths", lengths, rewards.shape, "[B]")
+        check_finite("lengths", lengths, rows)
+        if (masked(lengths, rows) < 0).any():
+            raise ValueError(f"expected lengths >= 0, got {lengths[rows].min().item()}")
+    above, spread, index = _above_lowest(rewards, group_ids, rows, process_group)
+    n = len(spread)
     weight = masked(lengths, rows).to(above.dtype)
     tokens = segment_sum(weight, index, n, process_group)
     weight = torch.where(tokens[index] > 0, weight, rows.to(weight.dtype))
     shares = segment_sum(torch.stack([weight, weight * above], 1), index, n, process_group)
     baseline = shares[:, 1] / torch.where(shares[:, 0] > 0, shares[:, 0], 1)
-    return masked(above - baseline[index], rows)
+    out = _without_noise(masked(above - baseline[index], rows), spread[index], rewards)
+    return out.to(wide(rewards).dtype)
 
 
 @torch.no_grad()
@@ -207,9 +214,7 @@ def reinforce_advantages(rewards: Tensor, *, valid: Tensor | None = None) -> Ten
     Source:
         REINFORCE, Williams 1992.
     """
-    _check_rewards(rewards)
-    rows = valid_rows(valid, rewards)
-    check_finite("rewards", rewards, rows)
+    rows = _check(rewards, None, valid)
     return masked(wide(rewards.detach()), rows)
 
 
@@ -230,8 +235,8 @@ def reinforce_pp_advantages(
             ignored).
         mask: [B, T] bool, True at a generated token; a gap in it neither adds nor discounts.
         gamma: discount a generated token, in [0, 1].
-        group_ids: [B] of an integer dtype: subtracts the group's mean summed reward first
-            (REINFORCE++-baseline). None: no group baseline.
+        group_ids: [B] of an integer dtype: first takes the group's mean summed reward from the
+            reward of each response's last token (REINFORCE++-baseline). None: no group baseline.
         valid: [B] bool; a rollout with False counts nowhere and gets 0. None: all count.
         process_group: the ranks whose rows form the batch; every one of them must call. None: this
             process alone.
@@ -247,16 +252,23 @@ def reinforce_pp_advantages(
     Source:
         REINFORCE++, arXiv 2501.03262.
     """
-    check_mask(mask)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"expected gamma in [0, 1], got {gamma}")
-    counted = mask & valid_rows(valid, mask)[:, None]
-    check_tokens("token_rewards", token_rewards, counted)
-    to_go = reward_to_go(token_rewards, counted, gamma)
-    if group_ids is not None:
-        summed = masked(token_rewards.double(), counted).sum(1)
-        centred = _centred(summed, group_ids, valid, process_group)[0]
-        to_go = masked(to_go - (summed - centred)[:, None], counted)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"expected gamma in [0, 1], got {gamma}")
+        counted = mask & valid_rows(valid, mask)[:, None]
+        check_tokens("token_rewards", token_rewards, counted)
+        if group_ids is not None:
+            check_groups(group_ids, len(mask))
+    values = masked(token_rewards.double(), counted)
+    if group_ids is not None:  # the group's mean is paid back with the last token
+        rows = counted.any(1)
+        summed = values.sum(1)
+        centred = _centred(summed, group_ids, rows, process_group)[0]
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(counted, columns, 0).amax(1, keepdim=True)
+        values = values.scatter_add(1, last, masked(centred - summed, rows)[:, None])
+    to_go = reward_to_go(values, counted, gamma)
     mean = mean_over(to_go, counted, process_group)
     scale = _batch_deviation(to_go, counted, process_group).square().add(_VARIANCE_EPS).sqrt()
     return masked((to_go - mean) / scale, counted).to(wide(token_rewards).dtype)
@@ -300,26 +312,27 @@ def remax_advantages(
     Source:
         ReMax, arXiv 2310.10505.
     """
-    _check_rewards(rewards)
-    check_groups(group_ids, rewards.shape[0])
-    greedy = valid_rows(greedy, rewards, "greedy")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"expected clip > 0 or None, got {clip}")
-    rows = valid_rows(valid, rewards)
-    check_finite("rewards", rewards, rows)
+    with agreed(process_group, rewards):
+        rows = _check(rewards, group_ids, valid)
+        greedy = valid_rows(greedy, rewards, "greedy")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"expected clip > 0 or None, got {clip}")
+    rollouts = rows & ~greedy
     index, n = group_index(group_ids, process_group)
-    greedy_rows = segment_sum(greedy.long(), index, n, process_group)[index]
-    if (greedy_rows != 1).any():
-        i = int((greedy_rows != 1).nonzero()[0])
-        raise ValueError(
-            f"expected one greedy row in each group, got {int(greedy_rows[i])} in the group with "
-            f"id {int(group_ids[i])}"
-        )
+    counts = torch.stack([rollouts, greedy], 1).long()
+    counts = segment_sum(counts, index, n, process_group)[index]
+    wrong = rows & (counts[:, 0] > 0) & (counts[:, 1] != 1)
+    with agreed(process_group, rewards):
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"expected one greedy row in each group, got {int(counts[i, 1])} in the group with "
+                f"id {int(group_ids[i])}"
+            )
     values = masked(wide(rewards.detach()), rows)
     both = torch.stack([values, torch.ones_like(values)], 1)
     table = segment_sum(masked(both, (rows & greedy)[:, None]), index, n, process_group)
     baseline, known = table[index, 0], table[index, 1] > 0
-    rollouts = rows & ~greedy
     counted = rollouts & known
     advantages = masked(values - baseline, counted)
     if clip is not None:
@@ -372,9 +385,11 @@ def tree_advantages(
         TreePO, arXiv 2508.17445.
     """
     check_choice("combine", combine, ("average", "group_size"))
-    if paths.ndim != 2 or paths.shape[0] != rewards.shape[0] or paths.is_floating_point():
-        found = f"{tuple(paths.shape)} of {paths.dtype}"
-        raise ValueError(f"expected paths [B, D] of an integer dtype, got {found}")
+    with agreed(process_group, rewards):
+        _check(rewards, group_ids, valid)
+        if paths.ndim != 2 or paths.shape[0] != rewards.shape[0] or paths.is_floating_point():
+            found = f"{tuple(paths.shape)} of {paths.dtype}"
+            raise ValueError(f"expected paths [B, D] of an integer dtype, got {found}")
     centred, sizes, rows, index = _centred(rewards, group_ids, valid, process_group)
     weight = sizes[index] if combine == "group_size" else torch.ones_like(centred)
     weight = masked(weight, rows)
@@ -390,7 +405,39 @@ def tree_advantages(
             sizes[index] if combine == "group_size" else torch.ones_like(centred), shared
         )
         summed, weights = summed + weight * centred, weights + weight
-    return masked(summed / weights.clamp_min(1), rows)
+    return masked(summed / weights.clamp_min(1), rows).to(wide(rewards).dtype)
+
+
+@torch.no_grad()
+def kl_penalty(
+    advantages: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, coefficient: float
+) -> Tensor:
+    """Advantages of tokens less coefficient (lp - lp_ref): the one-step KL penalty, detached.
+
+    Args:
+        advantages: [B, T].
+        logp: [B, T] of the sampled tokens, nats.
+        ref_logp: [B, T] of the reference policy, nats, at the same temperature.
+        mask: [B, T] bool.
+        coefficient: >= 0.
+
+    Returns:
+        [B, T] in at least fp32, 0 at masked positions. Each token pays for itself alone, so the
+        gradient is that of coefficient KL(pi || ref) at each state, with the states held fixed.
+
+    Raises:
+        ValueError: shapes do not match, an unmasked input is not finite, or the coefficient is
+            negative.
+
+    Source:
+        ReMax, arXiv 2310.10505 (its optional penalty).
+    """
+    check_mask(mask)
+    for name, x in (("advantages", advantages), ("logp", logp), ("ref_logp", ref_logp)):
+        check_tokens(name, x.detach(), mask)
+    if not 0 <= coefficient < math.inf:
+        raise ValueError(f"expected coefficient >= 0, got {coefficient}")
+    return masked(wide(advantages) - coefficient * (wide(logp) - wide(ref_logp)), mask)
 
 
 def broadcast_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
@@ -412,33 +459,45 @@ def broadcast_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
     return masked(wide(advantages)[:, None], mask)
 
 
-def _check_rewards(rewards: Tensor) -> None:
+def _check(rewards: Tensor, group_ids: Tensor | None, valid: Tensor | None) -> Tensor:
+    """[B] bool, the rows that count."""
+    check_tensor("rewards", rewards)
     if rewards.ndim != 1:
         raise ValueError(f"expected rewards [B], got {tuple(rewards.shape)}")
+    if group_ids is not None:
+        check_groups(group_ids, rewards.shape[0])
+    rows = valid_rows(valid, rewards)
+    check_finite("rewards", rewards, rows)
+    return rows
 
 
 def _above_lowest(
-    rewards: Tensor, group_ids: Tensor, valid: Tensor | None, process_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Rewards minus the group's smallest [B], rows that count [B], group index [B], groups."""
-    _check_rewards(rewards)
-    check_groups(group_ids, rewards.shape[0])
-    rows = valid_rows(valid, rewards)
-    check_finite("rewards", rewards, rows)
-    values = wide(rewards.detach())
+    rewards: Tensor, group_ids: Tensor, rows: Tensor, process_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp64 rewards minus the group's smallest [B], their largest [n], group index [B]."""
+    values = rewards.detach().double()
     index, n = group_index(group_ids, process_group)
     lowest = segment_min(torch.where(rows, values, math.inf), index, n, process_group)
-    return masked(values - lowest[index], rows), rows, index, n
+    above = masked(values - lowest[index], rows)
+    return above, -segment_min(-above, index, n, process_group), index
+
+
+def _without_noise(advantages: Tensor, spread: Tensor, rewards: Tensor) -> Tensor:
+    dtype = wide(rewards).dtype
+    return masked(advantages, advantages.abs() > 32 * torch.finfo(dtype).eps * spread)
 
 
 def _centred(
     rewards: Tensor, group_ids: Tensor, valid: Tensor | None, process_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rewards minus the group mean [B], group sizes [n], rows that count [B], group index [B]."""
-    above, rows, index, n = _above_lowest(rewards, group_ids, valid, process_group)
-    sizes = segment_sum(rows.to(above.dtype), index, n, process_group)
-    mean = segment_sum(above, index, n, process_group) / sizes.clamp_min(1)
-    return masked(above - mean[index], rows), sizes, rows, index
+    """fp64 rewards minus the group mean [B], group sizes [n], rows that count, group index [B]."""
+    with agreed(process_group, rewards):
+        rows = _check(rewards, group_ids, valid)
+    above, spread, index = _above_lowest(rewards, group_ids, rows, process_group)
+    sizes = segment_sum(rows.double(), index, len(spread), process_group)
+    mean = segment_sum(above, index, len(spread), process_group) / sizes.clamp_min(1)
+    centred = masked(above - mean[index], rows)
+    return _without_noise(centred, spread[index], rewards), sizes, rows, index
 
 
 def _batch_deviation(values: Tensor, counted: Tensor, process_group: ProcessGroup | None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._numerics import (
+    agreed,
     check_choice,
     check_finite,
     check_groups,
@@ -87,18 +88,18 @@ def aggregation_weights(
     Source:
         arXiv 2605.04077 (read in part); the denominators: arXiv 2512.23075.
     """
-    check_mask(mask)
-    check_groups(group_ids, mask.shape[0])
-    check_shape("outcome_advantages", outcome_advantages, mask.shape[:1], "[B]")
     check_choice("rule", rule, _RULES)
     check_choice("zero_advantage", zero_advantage, ("count", "exclude"))
     check_choice("denominator", denominator, ("total", "kept"))
     if rule == "seq_mean_token_sum_norm" and (max_length is None or max_length < 1):
         raise ValueError(f"expected max_length >= 1 for rule {rule!r}, got {max_length}")
-    rows = valid_rows(valid, mask)
-    check_finite("outcome_advantages", outcome_advantages, rows)
-
-    kept = valid_rows(keep, mask, "keep")
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_groups(group_ids, mask.shape[0])
+        check_shape("outcome_advantages", outcome_advantages, mask.shape[:1], "[B]")
+        rows = valid_rows(valid, mask)
+        check_finite("outcome_advantages", outcome_advantages, rows)
+        kept = valid_rows(keep, mask, "keep")
     if denominator == "kept":
         rows = rows & kept
     side = masked(outcome_advantages, rows).sign().long() + 1

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._numerics import (
+    agreed,
     check_choice,
     check_mask,
     check_tokens,
@@ -53,6 +54,8 @@ def importance_weights(
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights that turn samples of the rollout engine into samples of the trainer's policy.
+
+    With `normalize` call it once on all rows of an optimizer step, then split into micro-batches.
 
     Args:
         log_ratio: [B, T] lp_train - lp_rollout of the sampled tokens, nats.
@@ -83,8 +86,9 @@ def importance_weights(
         Masking whole sequences by the geometric mean and truncation are in verl's rollout
         correction, masking tokens in IcePop.
     """
-    check_mask(mask)
-    check_tokens("log_ratio", log_ratio, mask)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_tokens("log_ratio", log_ratio, mask)
     check_choice("level", level, ("token", "sequence", "geometric"))
     check_choice("outside", outside, ("truncate", "zero", "reject"))
     floor = 0.0 if low is None else low

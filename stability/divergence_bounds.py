@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._numerics import check_mask, check_tokens, excess, k3, masked, maximum, mean_over, total
+from ._numerics import (
+    agreed,
+    check_mask,
+    check_tokens,
+    excess,
+    k3,
+    masked,
+    maximum,
+    mean_over,
+    total,
+)
 
 
 def trust_region_bounds(
@@ -58,14 +68,16 @@ def trust_region_bounds(
     Source:
         arXiv 2512.23075.
     """
-    if horizon < 1:
-        raise ValueError(f"expected horizon >= 1, got {horizon}")
+    if horizon != int(horizon) or horizon < 1:
+        raise ValueError(f"expected horizon as a whole number >= 1, got {horizon}")
     scalars = dict(max_kl=max_kl, max_tv=max_tv, sequence_kl=sequence_kl, sequence_tv=sequence_tv)
     for name, value in scalars.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"expected {name} >= 0 and finite, got {value}")
     if token_tv is not None and tuple(token_tv.shape) != (horizon,):
         raise ValueError(f"expected token_tv [horizon] = ({horizon},), got {tuple(token_tv.shape)}")
+    if token_tv is not None and not ((token_tv >= 0) & token_tv.isfinite()).all():
+        raise ValueError("expected token_tv >= 0 and finite, got a value that is not")
     eps, pinsker = min(1.0, max_tv), min(1.0, math.sqrt(max_kl / 2))
     before = torch.arange(horizon, dtype=torch.float64)  # t - 1
     after = before.flip(0)  # T - t
@@ -124,8 +136,13 @@ def trust_region_indicators(
     Source:
         arXiv 2512.23075; the estimates from samples are ours.
     """
-    check_mask(mask)
-    check_tokens("log_ratio", log_ratio, mask)
+    given = {"exact_kl": exact_kl, "exact_tv": exact_tv}
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_tokens("log_ratio", log_ratio, mask)
+        for name, exact in given.items():
+            if exact is not None:
+                check_tokens(name, exact, mask)
     lengths = mask.sum(1)
     longest = maximum(lengths.amax() if len(mask) else lengths.new_zeros(()), process_group)
     if not longest:
@@ -134,12 +151,7 @@ def trust_region_indicators(
         raise ValueError(f"expected horizon >= {int(longest)}, the longest row, got {horizon}")
     log_rho = masked(log_ratio.double(), mask)
     divergences = []
-    for name, exact, estimate in (
-        ("exact_kl", exact_kl, k3(log_rho)),
-        ("exact_tv", exact_tv, excess(log_rho).abs() / 2),
-    ):
-        if exact is not None:
-            check_tokens(name, exact, mask)
+    for exact, estimate in ((exact_kl, k3(log_rho)), (exact_tv, excess(log_rho).abs() / 2)):
         x = masked(estimate if exact is None else exact.double().clamp_min(0), mask)
         peak = maximum(x.amax() if x.numel() else x.new_zeros(()), process_group)
         divergences += [peak, mean_over(x.sum(1), mask.any(1), process_group)]

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._numerics import check_mask, check_tokens, masked, wide
+from ._numerics import check_finite, check_mask, check_shape, check_tokens, masked, wide
 from .losses import reinforce
 from .statistics import reward_to_go
 
@@ -99,7 +99,7 @@ def hybrid_imitation_loss(
         arXiv 2512.23097 (abstract read; derived here).
     """
     sparse = reinforce(logp, advantages, importance, mask=mask)
-    everything = torch.ones_like(token_kl, dtype=torch.bool) if mask is None else mask
-    check_mask(everything)
-    check_tokens("token_kl", token_kl.detach(), everything)
-    return masked(wide(token_kl), everything) + sparse
+    check_shape("token_kl", token_kl, tuple(logp.shape), "shaped as logp")
+    check_finite("token_kl", token_kl.detach(), mask)
+    dense = wide(token_kl) if mask is None else masked(wide(token_kl), mask)
+    return dense + sparse

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._numerics import (
+    agreed,
     check_finite,
     check_groups,
     check_mask,
     check_shape,
+    check_tensor,
     check_tokens,
     masked,
     mean_over,
@@ -57,11 +59,13 @@ def group_metrics(
     Source:
         "groups/mixed" is the effective-gradient ratio of arXiv 2509.25849.
     """
-    if rewards.ndim != 1:
-        raise ValueError(f"expected rewards [B], got {tuple(rewards.shape)}")
-    check_groups(group_ids, rewards.shape[0])
-    rows = valid_rows(valid, rewards)
-    check_finite("rewards", rewards, rows)
+    with agreed(process_group, rewards):
+        check_tensor("rewards", rewards)
+        if rewards.ndim != 1:
+            raise ValueError(f"expected rewards [B], got {tuple(rewards.shape)}")
+        check_groups(group_ids, rewards.shape[0])
+        rows = valid_rows(valid, rewards)
+        check_finite("rewards", rewards, rows)
     if not total(rows.sum(), process_group):
         return {}
     index, n = group_index(group_ids, process_group)
@@ -113,9 +117,10 @@ def clip_metrics(
     Source:
         arXiv 2512.16912 (read in part): a ratio of about 17 is healthy.
     """
-    check_mask(mask)
-    check_tokens("log_ratio", log_ratio, mask)
-    check_tokens("advantages", advantages, mask)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_tokens("log_ratio", log_ratio, mask)
+        check_tokens("advantages", advantages, mask)
     if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(
             f"expected clip_low in [0, 1] and clip_high >= 0, got {clip_low}, {clip_high}"
@@ -175,16 +180,18 @@ def entropy_metrics(
     Source:
         arXiv 2512.16912 (read in part).
     """
-    check_mask(mask)
-    for name, x in (("entropy", entropy), ("logp", logp), ("advantages", advantages)):
-        check_tokens(name, x, mask)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        for name, x in (("entropy", entropy), ("logp", logp), ("advantages", advantages)):
+            check_tokens(name, x, mask)
     if not lr >= 0:
         raise ValueError(f"expected lr >= 0, got {lr}")
     if not total(mask.sum(), process_group):
         return {}
-    lp, a = wide(logp), wide(advantages)
-    centred = masked(lp - mean_over(lp, mask, process_group), mask)
-    covariance = mean_over(centred * masked(a, mask), mask, process_group)
+    centred_lp, centred_a = (  # both: large advantages that are not centred would drown it in fp32
+        masked(wide(x) - mean_over(wide(x), mask, process_group), mask) for x in (logp, advantages)
+    )
+    covariance = mean_over(centred_lp * centred_a, mask, process_group)
     return {
         "entropy/mean": mean_over(wide(entropy), mask, process_group),
         "entropy/covariance": covariance,
@@ -197,39 +204,56 @@ def sign_length_metrics(
     weights: Tensor,
     outcome_advantages: Tensor,
     mask: Tensor,
+    group_ids: Tensor,
     *,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """How the aggregation ties the sign of the advantage to the length of the response.
 
+    At equal lengths every rule gives the responses of a group one weight W = sum_t w. What their
+    differences add to the loss, sum (W - mean of the group's W) A, is the work of lengths alone.
+
     Args:
         weights: [B, T], from `aggregation_weights`.
         outcome_advantages: [B], finite where a row has a weight.
         mask: [B, T] bool, True at a generated token.
-        process_group: the ranks whose rows form the batch. None: this process alone.
+        group_ids: [B] of an integer dtype.
+        process_group: the ranks whose rows form the batch; groups may be spread over them. None:
+            this process alone.
 
     Returns:
         0-d tensors, empty when no row with a weight has an advantage: `coupling/sum` =
-        `sign_length_coupling`, sum(w A); `coupling/share` = sum(w A) / sum(w |A|), in [-1, 1];
-        `coupling/length_positive`, `coupling/length_negative`: mean tokens of the responses of
-        either sign, absent when there is none; `coupling/length_gap`, the first over the second.
+        `sign_length_coupling`, sum(w A); `coupling/by_length`, the sum above, and
+        `coupling/share`, that over sum(W |A|); `coupling/length_positive`,
+        `coupling/length_negative`: mean tokens of the responses of either sign, absent when there
+        is none; `coupling/length_gap`, the first over the second.
 
     Raises:
         ValueError: shapes do not match, or an input that counts is not finite.
 
     Source:
-        arXiv 2605.04077 (read in part).
+        arXiv 2605.04077 (read in part); the comparison with equal lengths is ours.
     """
-    check_mask(mask)
-    check_shape("weights", weights, mask.shape, "[B, T]")
-    coupling = sign_length_coupling(weights, outcome_advantages)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_shape("weights", weights, mask.shape, "[B, T]")
+        check_groups(group_ids, mask.shape[0])
+        coupling = sign_length_coupling(weights, outcome_advantages)
     rows = (weights != 0).any(1)
     a = masked(wide(outcome_advantages), rows)
-    power = sign_length_coupling(weights, a.abs())
-    sums, power = total(torch.stack([coupling, power]), process_group)
+    index, n = group_index(group_ids, process_group)
+    row = weights.sum(1)
+    table = segment_sum(torch.stack([row, rows.to(row.dtype)], 1), index, n, process_group)
+    excess = masked(row - (table[:, 0] / table[:, 1].clamp_min(1))[index], rows)
+    sums = torch.stack([coupling, (excess * a).sum(), (row * a.abs()).sum()])
+    coupling, by_length, power = total(sums, process_group)
     if not power > 0:
         return {}
-    metrics = {"coupling/sum": sums, "coupling/share": sums / power}
+    metrics = {
+        "coupling/sum": coupling,
+        "coupling/by_length": by_length,
+        "coupling/share": by_length / power,
+    }
     lengths = mask.sum(1).to(a.dtype)
     for name, side in (("positive", a > 0), ("negative", a < 0)):
         if total(side.sum(), process_group):

@@ -10,7 +10,7 @@ reduce (`all_reduce`) to exactly that of the whole batch; `metrics()` divides at
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ _BUCKETS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MismatchReport:
     """Sums and maxima of one or more batches; made by `mismatch_report`.
 
@@ -39,23 +39,26 @@ class MismatchReport:
         maxima: [M] fp64, likewise; -inf where nothing was seen.
         weighted: whether weights were given.
         masked: whether a kept mask was given.
+        bounds: low and high, of the fractions.
     """
 
     sums: Tensor
     maxima: Tensor
     weighted: bool
     masked: bool
+    bounds: tuple[float, float]
 
     def __add__(self, other: MismatchReport) -> MismatchReport:
         """The report of both batches together."""
-        if (self.weighted, self.masked) != (other.weighted, other.masked):
+        settings = ("weighted", "masked", "bounds")
+        if any(getattr(self, name) != getattr(other, name) for name in settings):
             raise ValueError("expected reports made with the same optional arguments, got others")
-        return MismatchReport(
-            self.sums + other.sums,
-            torch.maximum(self.maxima, other.maxima),
-            self.weighted,
-            self.masked,
-        )
+        maxima = torch.maximum(self.maxima, other.maxima)
+        return replace(self, sums=self.sums + other.sums, maxima=maxima)
+
+    def __radd__(self, other: int) -> MismatchReport:
+        """So that sum(reports) works, which starts at 0."""
+        return self if other == 0 else NotImplemented
 
     def all_reduce(self, process_group: ProcessGroup | None = None) -> MismatchReport:
         """The report of all ranks' batches together; every rank must call.
@@ -69,7 +72,7 @@ class MismatchReport:
         sums, maxima = self.sums.clone(), self.maxima.clone()
         dist.all_reduce(sums, group=process_group)
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=process_group)
-        return MismatchReport(sums, maxima, self.weighted, self.masked)
+        return replace(self, sums=sums, maxima=maxima)
 
     def metrics(self) -> dict[str, Tensor]:
         """The numbers, under `mismatch/`.
@@ -197,12 +200,15 @@ def mismatch_report(
         +-20 before the exp.
 
     Raises:
-        ValueError: shapes do not match, or an unmasked input is not finite.
+        ValueError: shapes do not match, an unmasked input is not finite, or the bounds are no
+            interval.
 
     Source:
         What verl 0.9 logs of its rollout correction, and the buckets of arXiv 2512.23087 (abstract
         read), whose bound says that the mismatch is in the tail of the distribution.
     """
+    if not 0 <= low <= high < math.inf:
+        raise ValueError(f"expected 0 <= low <= high, got low={low}, high={high}")
     check_mask(mask)
     check_tokens("logp", logp, mask)
     check_tokens("rollout_logp", rollout_logp, mask)
@@ -291,6 +297,7 @@ def mismatch_report(
         torch.stack(maxima),
         weights is not None,
         kept is not None,
+        (low, high),
     )
 
 

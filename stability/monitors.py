@@ -7,9 +7,10 @@
     reading.metrics    every number, ready for a logger
 
 `observe` measures tensors and judges; `judge` takes the numbers alone, so a log can be replayed.
-A limit is a pair (watch, alarm); which side is bad follows from the number. Numbers that a trend
-compares with "at first" are compared with their mean over the first `warmup` steps. The limits'
-defaults are ours, to be set for the run at hand; a number that is not finite is always an alarm.
+A limit is a pair (watch, alarm) and belongs to one number, which also says whether large or small
+is bad. Numbers that a trend compares with "at first" are compared with their mean over the first
+`warmup` steps. The limits' defaults are ours, to be set for the run at hand; a judged number that
+is not finite is always an alarm. A trend does not take it in.
 Monitors hold plain numbers only: put `state_dict()` into the checkpoint. Over ranks pass the
 process group, so that every rank reads the same.
 """
@@ -70,30 +71,36 @@ def overall(readings: Iterable[Reading]) -> Reading:
     return Reading(state, "; ".join(reasons), numbers)
 
 
-class _Limit(NamedTuple):
-    metric: str
-    pair: Pair
-    meaning: str
+class _Limit:
+    """One number's limits; `low` says that small is bad."""
 
-    def check(self, name: str) -> None:
-        watch, alarm = self.pair
-        if math.isnan(watch) or math.isnan(alarm):
-            raise ValueError(f"expected {name} as a pair (watch, alarm), got {self.pair}")
+    def __init__(
+        self, name: str, pair: Pair, metric: str, meaning: str, *, low: bool = False
+    ) -> None:
+        try:
+            watch, alarm = (float(x) for x in pair)
+        except (TypeError, ValueError):
+            watch = alarm = math.nan
+        if not (watch >= alarm if low else watch <= alarm):
+            order = "watch >= alarm" if low else "watch <= alarm"
+            raise ValueError(f"expected {name} as a pair (watch, alarm) with {order}, got {pair}")
+        self.watch, self.alarm, self.metric, self.meaning, self.low = (
+            watch, alarm, metric, meaning, low,
+        )  # fmt: skip
 
     def state(self, value: float) -> State:
-        if not math.isfinite(value):
+        if not math.isfinite(value) or self._beyond(value, self.alarm):
             return "alarm"
-        watch, alarm = self.pair
-        below = alarm < watch  # then small is bad
-        if value <= alarm if below else value >= alarm:
-            return "alarm"
-        return "watch" if (value <= watch if below else value >= watch) else "healthy"
+        return "watch" if self._beyond(value, self.watch) else "healthy"
 
-    def reason(self, state: State, value: float) -> str:
+    def _beyond(self, value: float, limit: float) -> bool:
+        return value <= limit if self.low else value >= limit
+
+    def reason(self, value: float) -> str:
         if not math.isfinite(value):
             return f"{self.metric} is {value}"
-        limit = self.pair[state == "alarm"]
-        side = "below" if self.pair[1] < self.pair[0] else "above"
+        limit = self.alarm if self._beyond(value, self.alarm) else self.watch
+        side = "below" if self.low else "above"
         return f"{self.metric} {value:.3g} {side} {limit:.3g}: {self.meaning}"
 
 
@@ -134,15 +141,13 @@ class _Monitor:
 
     def __init__(
         self,
-        limits: Mapping[str, _Limit],
+        limits: Iterable[_Limit],
         trends: Mapping[str, str] | None = None,
         *,
         warmup: int = 1,
         smoothing: float = 0.0,
     ) -> None:
-        for name, limit in limits.items():
-            limit.check(name)
-        self._limits = tuple(limits.values())
+        self._limits = tuple(limits)
         self._trends = {
             source: (result, _Trend(warmup, smoothing)) for source, result in (trends or {}).items()
         }
@@ -167,10 +172,12 @@ class _Monitor:
         for limit in self._limits:
             if limit.metric in numbers:
                 state = limit.state(numbers[limit.metric])
-                found[state].append(limit.reason(state, numbers[limit.metric]))
+                found[state].append(limit.reason(numbers[limit.metric]))
         for state in ("alarm", "watch"):
             if found[state]:
                 return Reading(state, "; ".join(found[state]), numbers)
+        if not found["healthy"]:
+            return Reading("healthy", "no number to judge", numbers)
         return Reading("healthy", "every number is within its limits", numbers)
 
     def _extend(self, numbers: dict[str, float]) -> None:
@@ -237,12 +244,13 @@ class ClipEntropyMonitor(_Monitor):
         self.clip_low, self.clip_high = clip_low, clip_high
         self._last_entropy: float | None = None
         meaning = "clipping removes much of the gradient"
-        limits = {
-            "clipped": _Limit("clip/clipped_fraction", clipped, meaning),
-            "signal": _Limit("clip/signal_ratio", signal, meaning),
-            "entropy_fall": _Limit("entropy/relative", entropy_fall, "entropy is collapsing"),
-            "entropy_rise": _Limit("entropy/relative", entropy_rise, "entropy is exploding"),
-        }
+        relative = "entropy/relative"
+        limits = (
+            _Limit("clipped", clipped, "clip/clipped_fraction", meaning),
+            _Limit("signal", signal, "clip/signal_ratio", meaning, low=True),
+            _Limit("entropy_fall", entropy_fall, relative, "entropy is collapsing", low=True),
+            _Limit("entropy_rise", entropy_rise, relative, "entropy is exploding"),
+        )
         trends = {"entropy/mean": "entropy/relative"}
         super().__init__(limits, trends, warmup=warmup, smoothing=smoothing)
 
@@ -331,8 +339,11 @@ class VarianceMonitor(_Monitor):
     def __init__(
         self, *, growth: Pair = (3.0, 10.0), warmup: int = 20, smoothing: float = 0.9
     ) -> None:
-        limits = {"growth": _Limit("variance/growth", growth, "gradients are getting noisier")}
-        trends = {"variance/total_power": "variance/growth"}
+        limits = [_Limit("growth", growth, "variance/growth", "gradients are getting noisier")]
+        trends = {
+            "variance/total_power": "variance/growth",
+            "variance/signal": "variance/signal_growth",
+        }
         super().__init__(limits, trends, warmup=warmup, smoothing=smoothing)
 
     def observe(
@@ -357,7 +368,8 @@ class VarianceMonitor(_Monitor):
             process_group: the ranks whose rows form the batch. None: this process alone.
 
         Returns:
-            A reading with the numbers of `gradient_variance_proxy`.
+            A reading with the numbers of `gradient_variance_proxy`, `variance/growth` and, with
+            grad_norm, `variance/signal_growth`.
 
         Raises:
             ValueError: as `gradient_variance_proxy`; nothing is recorded then.
@@ -378,8 +390,7 @@ class SignLengthMonitor(_Monitor):
     """Whether the aggregation pushes responses to be longer or shorter, whatever they say.
 
     Args:
-        share: limits on |coupling/share|, the part of the weighted advantages that lengths alone
-            explain.
+        share: limits on |coupling/share|, what lengths alone add over the weighted advantages.
 
     Raises:
         ValueError: an argument is out of range.
@@ -389,14 +400,15 @@ class SignLengthMonitor(_Monitor):
     """
 
     def __init__(self, *, share: Pair = (0.1, 0.3)) -> None:
-        meaning = "lengths alone move the loss; the rule 'balanced' takes that out"
-        super().__init__({"share": _Limit("coupling/abs_share", share, meaning)})
+        meaning = "lengths alone move the loss, by the aggregation rule"
+        super().__init__([_Limit("share", share, "coupling/abs_share", meaning)])
 
     def observe(
         self,
         weights: Tensor,
         outcome_advantages: Tensor,
         mask: Tensor,
+        group_ids: Tensor,
         *,
         process_group: ProcessGroup | None = None,
     ) -> Reading:
@@ -406,6 +418,7 @@ class SignLengthMonitor(_Monitor):
             weights: [B, T], from `aggregation_weights`.
             outcome_advantages: [B].
             mask: [B, T] bool.
+            group_ids: [B] of an integer dtype.
             process_group: the ranks whose rows form the batch. None: this process alone.
 
         Returns:
@@ -415,7 +428,9 @@ class SignLengthMonitor(_Monitor):
             ValueError: as `sign_length_metrics`.
         """
         return self.judge(
-            sign_length_metrics(weights, outcome_advantages, mask, process_group=process_group)
+            sign_length_metrics(
+                weights, outcome_advantages, mask, group_ids, process_group=process_group
+            )
         )
 
     def _extend(self, numbers: dict[str, float]) -> None:
@@ -450,11 +465,12 @@ class MismatchMonitor(_Monitor):
         warmup: int = 20,
         smoothing: float = 0.9,
     ) -> None:
-        limits = {
-            "k3": _Limit("mismatch/k3", k3, "the engine samples from another policy"),
-            "ess": _Limit("mismatch/ess", ess, "a few tokens carry the importance weights"),
-            "growth": _Limit("mismatch/growth", growth, "the mismatch is growing"),
-        }
+        few = "a few tokens carry the importance weights"
+        limits = (
+            _Limit("k3", k3, "mismatch/k3", "the engine samples from another policy"),
+            _Limit("ess", ess, "mismatch/ess", few, low=True),
+            _Limit("growth", growth, "mismatch/growth", "the mismatch is growing"),
+        )
         trends = {"mismatch/k3": "mismatch/growth"}
         super().__init__(limits, trends, warmup=warmup, smoothing=smoothing)
 
@@ -491,10 +507,10 @@ class GradientNormMonitor(_Monitor):
             raise ValueError(f"expected window >= 2, got {window}")
         self._norms: deque[float] = deque(maxlen=window)
         super().__init__(
-            {
-                "finite": _Limit("grad_norm", (math.inf, math.inf), ""),
-                "spike": _Limit("grad_norm/relative", spike, "the gradient is spiking"),
-            }
+            [
+                _Limit("finite", (math.inf, math.inf), "grad_norm", ""),
+                _Limit("spike", spike, "grad_norm/relative", "the gradient is spiking"),
+            ]
         )
 
     def observe(self, grad_norm: Tensor | float) -> Reading:

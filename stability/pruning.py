@@ -25,7 +25,18 @@ from torch.distributed import ProcessGroup
 
 from ..triton_kernels.soft_value import initial_value
 from ..triton_kernels.token_stats import TokenStats, token_stats
-from ._numerics import check_choice, check_mask, check_shape, check_tokens, masked, mean_over
+from ._numerics import (
+    check_choice,
+    check_finite,
+    check_mask,
+    check_shape,
+    check_tensor,
+    check_tokens,
+    masked,
+    maximum,
+    mean_over,
+    total,
+)
 from .statistics import response_statistics
 
 DEFAULT_RHO = math.exp(-13)  # the paper's value is recalled, not verified
@@ -57,6 +68,7 @@ def pruned_statistics(
     temperature: float = 1.0,
     softcap: float | None = None,
     group: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> PrunedStatistics:
     """Statistics under the pruned vocabulary, and which tokens train.
 
@@ -72,6 +84,8 @@ def pruned_statistics(
         temperature: > 0, of the rollouts.
         softcap: c > 0 for c tanh(logits / c) first; None: off.
         group: the vocabulary is sharded over it; not with "replay".
+        process_group: the ranks whose rows the metrics are of; every one of them must call. None:
+            this process alone.
 
     Returns:
         Statistics, trained mask and metrics, which are empty when there is no token.
@@ -94,12 +108,16 @@ def pruned_statistics(
         stats = replayed_statistics(
             logits, tokens, mask, support, temperature=temperature, softcap=softcap
         )
-        return PrunedStatistics(stats, mask, pruning_metrics(stats, mask))
+        metrics = pruning_metrics(stats, mask, process_group=process_group)
+        return PrunedStatistics(stats, mask, metrics)
     stats = response_statistics(
         logits, tokens, mask, temperature=temperature, prune=rho, softcap=softcap, group=group
     )
-    trained, metrics = out_of_set_mask(stats.in_safe_set, mask, policy=out_of_set)
-    return PrunedStatistics(stats, trained, metrics | pruning_metrics(stats, mask))
+    trained, metrics = out_of_set_mask(
+        stats.in_safe_set, mask, policy=out_of_set, process_group=process_group
+    )
+    metrics |= pruning_metrics(stats, mask, process_group=process_group)
+    return PrunedStatistics(stats, trained, metrics)
 
 
 def pad_support(support: Sequence[Sequence[Sequence[int]]], mask: Tensor) -> Tensor:
@@ -123,14 +141,16 @@ def pad_support(support: Sequence[Sequence[Sequence[int]]], mask: Tensor) -> Ten
     if [len(sets) for sets in support] != counts:
         found = [len(sets) for sets in support]
         raise ValueError(f"expected a set for each generated token, {counts}, got {found}")
-    sets = [torch.as_tensor(kept, dtype=torch.int64) for response in support for kept in response]
-    if any(kept.ndim != 1 or len(kept) == 0 for kept in sets):
+    sizes = torch.tensor([len(kept) for sets in support for kept in sets], dtype=torch.int64)
+    if (sizes == 0).any():
         raise ValueError("expected at least one kept token id at every generated token, got none")
-    width = max((len(kept) for kept in sets), default=1)
-    padded = torch.full((*mask.shape, width), -1, device=mask.device)
-    if sets:
-        rows = torch.nn.utils.rnn.pad_sequence(sets, batch_first=True, padding_value=-1)
-        padded[mask] = rows.to(mask.device)
+    ids = torch.tensor([i for sets in support for kept in sets for i in kept])
+    if len(ids) and (ids.is_floating_point() or (ids < 0).any()):
+        raise ValueError(f"expected support of token ids, whole numbers >= 0, got {ids.min()}")
+    inside = torch.arange(int(sizes.max()) if len(sizes) else 1) < sizes[:, None]
+    rows = torch.full(inside.shape, -1).masked_scatter(inside, ids.long())
+    padded = torch.full((*mask.shape, rows.shape[1]), -1, device=mask.device)
+    padded[mask] = rows.to(mask.device)
     return padded
 
 
@@ -161,7 +181,7 @@ def replayed_statistics(
 
     Raises:
         ValueError: shapes do not match, an id is out of range or stands twice, or a sampled token
-            is not in its set.
+            is not in its set or has no finite log-probability.
 
     Source:
         arXiv 2512.02556. Cost: one read of the logits and a copy of [B, T, K] of them.
@@ -171,7 +191,13 @@ def replayed_statistics(
         raise ValueError(f"expected logits [B, T, V], got {tuple(logits.shape)}")
     check_shape("logits", logits, (*mask.shape, logits.shape[-1]), "[B, T, V]")
     check_shape("tokens", tokens, mask.shape, "[B, T]")
-    if support.ndim != 3 or support.shape[:2] != mask.shape or support.dtype != torch.int64:
+    check_tensor("support", support)
+    if (
+        support.ndim != 3
+        or support.shape[:2] != mask.shape
+        or support.dtype != torch.int64
+        or not support.shape[2]
+    ):
         found = f"{tuple(support.shape)} of {support.dtype}"
         raise ValueError(f"expected support [B, T, K] = {(*mask.shape, 'K')} of int64, got {found}")
     size = logits.shape[-1]
@@ -201,7 +227,9 @@ def replayed_statistics(
         in_safe_set=mask.flatten(),
         logsumexp=whole,
     )
-    return TokenStats(*(x if x is None else masked(x.reshape(mask.shape), mask) for x in flat))
+    stats = TokenStats(*(x if x is None else masked(x.reshape(mask.shape), mask) for x in flat))
+    check_finite("log-probability of (logits, tokens)", stats.logp.detach(), mask)
+    return stats
 
 
 def out_of_set_mask(
@@ -209,6 +237,7 @@ def out_of_set_mask(
     mask: Tensor,
     *,
     policy: Literal["include", "mask_token", "reject_sequence"] = "include",
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mask of the tokens that train, given which sampled tokens lie in the trainer's safe set.
 
@@ -217,6 +246,8 @@ def out_of_set_mask(
         mask: [B, T] bool, True at a generated token.
         policy: "include" trains on such a token, which the statistics force into S; "mask_token"
             drops it; "reject_sequence" drops every token of its sequence.
+        process_group: the ranks whose rows the metrics are of; every one of them must call. None:
+            this process alone.
 
     Returns:
         The mask [B, T] bool and metrics (fractions of the unmasked tokens and of the sequences); no
@@ -240,22 +271,26 @@ def out_of_set_mask(
         kept = mask & in_safe_set
     else:
         kept = mask & ~outside.any(1, keepdim=True)
-    if not mask.any():
+    if not total(mask.sum(), process_group):
         return kept, {}
-    rows = mask.any(1)
+    dropped, sequences = (mask & ~kept).float(), outside.any(1).float()
     return kept, {
-        "pruning/out_of_set_fraction": mean_over(outside.float(), mask),
-        "pruning/out_of_set_sequences": mean_over(outside.any(1).float(), rows),
-        "pruning/dropped_tokens": mean_over((mask & ~kept).float(), mask),
+        "pruning/out_of_set_fraction": mean_over(outside.float(), mask, process_group),
+        "pruning/out_of_set_sequences": mean_over(sequences, mask.any(1), process_group),
+        "pruning/dropped_tokens": mean_over(dropped, mask, process_group),
     }
 
 
-def pruning_metrics(stats: TokenStats, mask: Tensor) -> dict[str, Tensor]:
+def pruning_metrics(
+    stats: TokenStats, mask: Tensor, *, process_group: ProcessGroup | None = None
+) -> dict[str, Tensor]:
     """Kept mass, size of the safe set and out-of-set fraction over the unmasked tokens.
 
     Args:
         stats: of [B, T] tensors, from `response_statistics(..., prune=rho)`.
         mask: [B, T] bool.
+        process_group: the ranks whose rows the metrics are of; every one of them must call. None:
+            this process alone.
 
     Returns:
         0-d tensors `pruning/kept_mass_mean`, `pruning/kept_mass_min` (probability under the full
@@ -274,15 +309,17 @@ def pruning_metrics(stats: TokenStats, mask: Tensor) -> dict[str, Tensor]:
     if stats.log_kept_mass is None or stats.safe_count is None or stats.in_safe_set is None:
         raise ValueError("expected stats computed with prune=rho, got stats without a safe set")
     check_tokens("stats.log_kept_mass", stats.log_kept_mass.detach(), mask)
-    if not mask.any():
+    if not total(mask.sum(), process_group):
         return {}
     kept_mass = stats.log_kept_mass.detach().clamp_max(0).exp()
-    skipped = {}
+    numbers = {
+        "pruning/kept_mass_mean": kept_mass,
+        "pruning/safe_count_mean": stats.safe_count.to(kept_mass.dtype),
+        "pruning/out_of_set_fraction": (~stats.in_safe_set).to(kept_mass.dtype),
+    }
     if stats.skipped_fraction is not None:
-        skipped["pruning/skipped_fraction"] = mean_over(stats.skipped_fraction, mask)
-    return skipped | {
-        "pruning/kept_mass_mean": mean_over(kept_mass, mask),
-        "pruning/kept_mass_min": torch.where(mask, kept_mass, 1.0).min(),
-        "pruning/safe_count_mean": mean_over(stats.safe_count.to(kept_mass.dtype), mask),
-        "pruning/out_of_set_fraction": mean_over((~stats.in_safe_set).to(kept_mass.dtype), mask),
+        numbers["pruning/skipped_fraction"] = stats.skipped_fraction
+    least = torch.where(mask, kept_mass, 1.0).min() if mask.numel() else kept_mass.new_ones(())
+    return {name: mean_over(x, mask, process_group) for name, x in numbers.items()} | {
+        "pruning/kept_mass_min": -maximum(-least, process_group)
     }

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ._numerics import (
+    agreed,
     check_choice,
     check_groups,
     check_mask,
@@ -107,7 +108,8 @@ def optimal_token_baseline(
 
     Returns:
         Advantages [B, T] in at least fp32, 0 at masked positions. A group with one rollout that has
-        tokens takes B = 0; an all-masked rollout changes nothing for the others.
+        tokens takes B = 0; an all-masked rollout changes nothing for the others. As long as a
+        group is certain of its tokens (W far below 1e-8), B is near 0 and A near R.
 
     Raises:
         ValueError: shapes or dtypes do not match, or an input that counts is not finite.
@@ -115,17 +117,19 @@ def optimal_token_baseline(
     Source:
         arXiv 2602.07078; `tail` and `alignment` as in the authors' code.
     """
-    check_mask(mask)
-    check_groups(group_ids, mask.shape[0])
     check_choice("alignment", alignment, ("column", "model_token"))
     check_choice("tail", tail, ("zero_baseline", "keep"))
-    counted = mask & valid_rows(valid, mask)[:, None]
-    check_tokens("token_rewards", token_rewards, counted)
-    check_tokens("logp", logp, counted)
-    check_tokens("sum_p2", sum_p2, counted)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_groups(group_ids, mask.shape[0])
+        counted = mask & valid_rows(valid, mask)[:, None]
+        check_tokens("token_rewards", token_rewards, counted)
+        check_tokens("logp", logp, counted)
+        check_tokens("sum_p2", sum_p2, counted)
+        if importance is not None:
+            check_tokens("importance", importance, counted)
     energy = logit_gradient_proxy(logp.double(), sum_p2.double())
     if importance is not None:
-        check_tokens("importance", importance, counted)
         energy = energy * importance.double().square()
 
     weight = masked(masked(energy, counted).cumsum(1), counted)
@@ -201,9 +205,10 @@ def gradient_variance_proxy(
     Source:
         arXiv 2602.07078 (the authors' variance monitor).
     """
-    check_mask(mask)
-    for name, x in (("advantages", advantages), ("logp", logp), ("sum_p2", sum_p2)):
-        check_tokens(name, x, mask)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        for name, x in (("advantages", advantages), ("logp", logp), ("sum_p2", sum_p2)):
+            check_tokens(name, x, mask)
     if not total(mask.sum(), process_group):
         return {}
     energy = logit_gradient_proxy(logp, sum_p2)

@@ -39,7 +39,7 @@ def problem(seed, rows=None, width=None):
         "advantages": normal(b, t),
         "token_rewards": normal(b, t),
         "kl": rand(b, t),
-        "rewards": rand(b).round() + 0.5 * (rand(b) < 0.3),
+        "rewards": (10 * rand(b)).round() / 10,
         "outcome": normal(b).round(decimals=1),
         "ids": ids,
         "greedy": greedy,
@@ -113,11 +113,22 @@ ADVANTAGES = {
     "otb leave one out": lambda p, g: otb(p, g, leave_one_out=True),
     "otb model_token": lambda p, g: otb(p, g, alignment="model_token"),
     "otb importance": lambda p, g: otb(p, g, importance=ratio(p).exp().clamp_max(2)),
+    "kl penalty": lambda p, g: tokens(
+        s.kl_penalty(p["advantages"], p["logp"], p["old"], p["mask"], coefficient=0.3)
+    ),
     "imitation": lambda p, g: tokens(
         s.imitation_advantages(ratio(p), p["token_rewards"], p["mask"], gamma=0.8)
     ),
 }
 WEIGHTS = {
+    "aggregation by the sign of advantages": lambda p, g: tokens(
+        s.aggregation_weights(  # fp32, so that rounding could decide a sign
+            p["mask"],
+            p["ids"],
+            s.dr_grpo_advantages(p["rewards"].float(), p["ids"], process_group=g),
+            process_group=g,
+        )
+    ),
     **{
         f"aggregation {rule}": lambda p, g, rule=rule: tokens(
             weights_of(p, g, rule=rule, max_length=7)
@@ -152,10 +163,12 @@ WEIGHTS = {
     },
 }  # fmt: skip
 MASKS = {
-    "trust region": lambda p, g: tokens(
-        s.trust_region_mask(ratio(p), p["mask"], max_threshold=0.3, mean_threshold=0.1)[0]
+    "trust region": lambda p, g: with_metrics(
+        s.trust_region_mask(
+            ratio(p), p["mask"], max_threshold=0.3, mean_threshold=0.1, process_group=g
+        )
     ),
-    "trust region exact": lambda p, g: tokens(
+    "trust region exact": lambda p, g: with_metrics(
         s.trust_region_mask(
             ratio(p),
             p["mask"],
@@ -164,18 +177,19 @@ MASKS = {
             mean_statistic="exact_kl",
             mean_threshold=0.5,
             exact_kl=p["kl"],
-        )[0]
+            process_group=g,
+        )
     ),
-    "sequence error rate": lambda p, g: tokens(
-        s.sequence_error_rate_mask(ratio(p), p["mask"], threshold=0.4)[0]
+    "sequence error rate": lambda p, g: with_metrics(
+        s.sequence_error_rate_mask(ratio(p), p["mask"], threshold=0.4, process_group=g)
     ),
-    "length neutral": lambda p, g: tokens(
+    "length neutral": lambda p, g: with_metrics(
         s.length_neutral_mask(
-            ratio(p), p["mask"], horizon=40, max_tv=0.1, max_kl=0.1, threshold=0.4
-        )[0]
+            ratio(p), p["mask"], horizon=40, max_tv=0.1, max_kl=0.1, threshold=0.4, process_group=g
+        )
     ),
-    "out of set": lambda p, g: tokens(
-        s.out_of_set_mask(p["kl"] > 0.2, p["mask"], policy="reject_sequence")[0]
+    "out of set": lambda p, g: with_metrics(
+        s.out_of_set_mask(p["kl"] > 0.2, p["mask"], policy="reject_sequence", process_group=g)
     ),
 }
 LOSSES = {
@@ -203,7 +217,7 @@ METRICS = {
         p["advantages"], p["logp"], p["sum_p2"], p["mask"], grad_norm=2.0, process_group=g
     ),
     "coupling": lambda p, g: s.sign_length_metrics(
-        weights_of(p, g, rule="token_mean"), p["outcome"], p["mask"], process_group=g
+        weights_of(p, g, rule="token_mean"), p["outcome"], p["mask"], p["ids"], process_group=g
     ),
     "bounds": lambda p, g: s.trust_region_indicators(ratio(p), p["mask"], process_group=g),
     "mismatch": lambda p, g: mismatch(p, g).metrics(),
@@ -217,6 +231,8 @@ def mismatch(p, g):
     return report if g is None else report.all_reduce(g)
 
 
+# no process group: a row's numbers are its own, or (mismatch) the caller reduces
+OF_ROWS_ALONE = ("reinforce advantages", "imitation", "kl penalty", "mismatch", "out of set")
 CASES = ADVANTAGES | WEIGHTS | MASKS | LOSSES | METRICS
 
 

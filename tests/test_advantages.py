@@ -8,6 +8,7 @@ from trimtab.stability import (
     broadcast_advantages,
     dr_grpo_advantages,
     grpo_advantages,
+    kl_penalty,
     opo_advantages,
     reinforce_advantages,
     reinforce_pp_advantages,
@@ -190,16 +191,17 @@ def test_reinforce_pp_whitens_the_reward_to_go(seed, gamma, grouped):
     token_rewards = torch.randn(len(rewards), 6, generator=generator, dtype=torch.float64)
     mask = torch.rand(len(rewards), 6, generator=generator) < 0.6
     counted = mask & valid[:, None]
-    to_go = torch.zeros_like(token_rewards)
+    to_go, paid = torch.zeros_like(token_rewards), token_rewards.clone()
+    has_tokens = counted.any(1)
+    if grouped:  # the mean reward of the group is taken from the last token
+        sums = (token_rewards * counted).sum(1)
+        for i in has_tokens.nonzero().flatten().tolist():
+            last = counted[i].nonzero()[-1]
+            paid[i, last] -= sums[group_of(i, ids, has_tokens)].mean()
     for i, row in enumerate(counted):
         own = row.nonzero().flatten().tolist()
         for n, t in enumerate(own):
-            to_go[i, t] = sum(gamma**k * token_rewards[i, u] for k, u in enumerate(own[n:]))
-    if grouped:
-        sums = (token_rewards * counted).sum(1)
-        for i in range(len(ids)):
-            if valid[i]:
-                to_go[i] -= sums[group_of(i, ids, valid)].mean()
+            to_go[i, t] = sum(gamma**k * paid[i, u] for k, u in enumerate(own[n:]))
     values = to_go[counted]
     out = reinforce_pp_advantages(
         token_rewards, mask, gamma=gamma, group_ids=ids if grouped else None, valid=valid
@@ -221,6 +223,73 @@ def test_long_discounts_stay_finite_and_exact():
     torch.testing.assert_close(shape[0, -4:], torch.tensor([0.125, 0.25, 0.5, 1]).double())
     torch.testing.assert_close(shape[0, 3:5], torch.tensor([0.5**5, 0.5**4]).double())
     assert out.isfinite().all()
+
+
+def test_equal_outcomes_are_zero_whatever_their_lengths_and_the_discount():
+    mask = torch.arange(6) < torch.tensor([2, 6, 6, 2])[:, None]
+    token_rewards = torch.zeros(4, 6)
+    token_rewards[torch.arange(4), mask.sum(1) - 1] = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    ids = torch.tensor([0, 0, 1, 1])
+    out = reinforce_pp_advantages(token_rewards, mask, gamma=0.5, group_ids=ids)
+    assert (out[:2][mask[:2]] == out[0, 0]).all()  # group 0, up to the whitening
+    empty = reinforce_pp_advantages(  # a response without a token is no outcome of the group
+        torch.cat([token_rewards, torch.zeros(1, 6)]),
+        torch.cat([mask, torch.zeros(1, 6, dtype=torch.bool)]),
+        gamma=0.5,
+        group_ids=torch.cat([ids, ids[:1]]),
+    )
+    torch.testing.assert_close(empty[:4], out)
+
+
+@pytest.mark.parametrize("fn", [*ALL, "opo", "tree"])
+def test_the_sign_of_a_reward_that_is_the_mean_does_not_depend_on_the_order(fn):
+    """Rounding would give it one, and `balanced` would put the rollout on a side."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(8, dtype=torch.long)
+    lengths = torch.full((8,), 3)
+    paths = torch.zeros(8, 2, dtype=torch.long)
+    call = {
+        "opo": lambda r: opo_advantages(r, lengths, ids),
+        "tree": lambda r: tree_advantages(r, ids, paths),
+    }.get(fn, lambda r: fn(r, ids))
+    for _ in range(200):
+        rewards = torch.randint(0, 11, (8,), generator=generator) / 10
+        order = torch.randperm(8, generator=generator)
+        signs = call(rewards).sign()
+        assert torch.equal(call(rewards[order]).sign(), signs[order])
+        exact = (rewards * 10).round()
+        assert ((signs == 0) == (exact * 8 == exact.sum())).all()
+
+
+def test_large_rewards_lose_nothing():
+    ids = torch.zeros(2, dtype=torch.long)
+    whole = torch.tensor([2**30, 2**30 + 1])  # fp32 does not know the second
+    torch.testing.assert_close(dr_grpo_advantages(whole, ids), torch.tensor([-0.5, 0.5]))
+    huge = grpo_advantages(torch.tensor([0.0, 1e25]), ids)
+    torch.testing.assert_close(huge, torch.tensor([-1.0, 1.0]) / 2**0.5)
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 2, (4096,), generator=generator).float()
+    many = torch.arange(4096) // 8
+    expected = grpo_advantages(rewards, many, deviation="batch")
+    found = grpo_advantages(rewards + 2**23, many, deviation="batch")
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_kl_penalty_is_paid_by_each_token():
+    mask = torch.tensor([[True, True, False]])
+    lp, ref = torch.tensor([[-1.0, -2.0, 9.0]]), torch.tensor([[-1.5, -1.0, 9.0]])
+    out = kl_penalty(torch.ones(1, 3), lp, ref, mask, coefficient=0.1)
+    torch.testing.assert_close(out, torch.tensor([[0.95, 1.1, 0.0]]))
+    with pytest.raises(ValueError, match="coefficient"):
+        kl_penalty(torch.ones(1, 3), lp, ref, mask, coefficient=-1.0)
+
+
+def test_remax_does_not_ask_for_a_baseline_of_padding_rows():
+    rewards = torch.tensor([1.0, 0.0, 5.0])
+    ids, greedy = torch.tensor([3, 3, -1]), torch.tensor([False, True, False])
+    valid = torch.tensor([True, True, False])
+    out, _ = remax_advantages(rewards, ids, greedy, valid=valid)
+    assert out.tolist() == [1.0, 0.0, 0.0]
 
 
 def test_remax_takes_the_greedy_reward_away_and_leaves_greedy_rows_out():
@@ -283,6 +352,8 @@ def test_bad_inputs_are_named():
     rewards[1] = float("nan")
     with pytest.raises(ValueError, match=r"finite rewards.*nan at \(1,\)"):
         dr_grpo_advantages(rewards, ids)
+    with pytest.raises(ValueError, match="rewards as a tensor, got list"):
+        dr_grpo_advantages([0.0, 1.0], ids)
     with pytest.raises(ValueError, match=r"expected rewards \[B\]"):
         dr_grpo_advantages(rewards[None], ids)
     with pytest.raises(ValueError, match="deviation"):

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -89,6 +90,7 @@ def test_the_surplus_goes_to_prompts_that_never_succeeded():
         ([0.5], 4, {"low": 5, "high": 4}, "1 <= low <= high"),
         ([1.5], 4, {}, r"success_rates in \[0, 1\] or NaN"),
         ([[0.5]], 4, {}, r"success_rates \[M\]"),
+        ([], 4, {}, r"budget in \[0, 0\]"),
     ],
 )
 def test_impossible_requests_are_refused(rates, budget, bounds, message):
@@ -126,7 +128,7 @@ def test_a_resumed_store_goes_on(tmp_path):
     for each in (store, other):
         each.observe(["x"], torch.tensor([1.0]))
     assert torch.equal(store.rates(["x", "y"]), other.rates(["x", "y"]))
-    for state in ({}, {"counts": {"x": [3.0, 2.0]}}, {"counts": {"x": [0.0, 0.0]}}):
+    for state in ({}, {"prompts": [["x", 3.0, 2.0]]}, {"prompts": [["x", 0.0, 0.0]]}):
         with pytest.raises(ValueError, match="expected"):
             other.load_state_dict(state)
     assert torch.equal(store.rates(["x", "y"]), other.rates(["x", "y"]))
@@ -135,7 +137,24 @@ def test_a_resumed_store_goes_on(tmp_path):
 def test_every_rank_holds_the_rates_of_all(tmp_path):
     torch.multiprocessing.spawn(workers.success_rates_over_ranks, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second == {"counts": {"a": [2.0, 3.0], "b": [0.0, 1.0], "c": [1.0, 1.0]}}
+    assert first == second == {"prompts": [["a", 2.0, 3.0], ["c", 1.0, 1.0], ["b", 0.0, 1.0]]}
+
+
+def test_ids_survive_json_and_tensors_are_no_ids():
+    store = SuccessRates()
+    store.observe([1, "1"], torch.tensor([1.0, 0.0]))
+    other = SuccessRates()
+    other.load_state_dict(json.loads(json.dumps(store.state_dict())))
+    assert other.rates([1, "1"]).tolist() == [1.0, 0.0]
+    ids = torch.tensor([1, 2])
+    for call in (lambda: store.observe(ids, torch.ones(2)), lambda: store.rates(ids)):
+        with pytest.raises(ValueError, match=r"prompt_ids of str or int.*Tensor"):
+            call()
+
+
+def test_gains_too_small_for_a_float_are_still_compared():
+    counts = allocate_budget(torch.full((3,), 0.5), 4500, low=2, high=4000)
+    assert counts.tolist() == [1500, 1500, 1500]
 
 
 def test_bad_observations_change_nothing():
@@ -148,7 +167,7 @@ def test_bad_observations_change_nothing():
     ):
         with pytest.raises(ValueError, match="expected"):
             store.observe(prompts, rewards, valid=valid)
-    assert store.state_dict() == {"counts": {"a": [1.0, 1.0]}}
+    assert store.state_dict() == {"prompts": [["a", 1.0, 1.0]]}
     with pytest.raises(ValueError, match="decay"):
         SuccessRates(decay=1.0)
     with pytest.raises(ValueError, match="threshold"):
@@ -209,8 +228,8 @@ def test_greedy_extras_ride_in_one_batch_and_never_touch_the_sampled_rows():
 
 
 # Edits to rl/budget.py that must turn this file red:
-#   heapq.heappush(heap, (-_gain(rates[i], counts[i]), i))  ->  with _gain(rates[i], low)
-#   p * (1 - p) ** 2 * (...)  ->  (...)              in _gain
+#   heapq.heappush(heap, (-_log_gain(rates[i], counts[i]), i))  ->  with _log_gain(rates[i], low)
+#   a + 2 * b + high  ->  high                       in _log_gain
 #   for rows in (hopeful, others)  ->  (others, hopeful)
 #   self.decay * before[1]  ->  before[1]
 #   counts: reward > self.threshold  ->  >=

@@ -11,6 +11,7 @@ from trimtab.integrations.vllm import (
     REPLAY_ENGINE,
     check_pruned_engine,
     pruned_sampling,
+    replayed_sampling,
     sampling_support,
 )
 from trimtab.stability import DEFAULT_RHO, pad_support, pruned_statistics
@@ -213,6 +214,16 @@ def test_the_sets_of_vllm_become_a_support():
         sampling_support([SimpleNamespace(token_ids=[5], sampling_mask=None)])
     with pytest.raises(ValueError, match=r"outputs\[0\]: expected 2 sets, one a token, got 1"):
         sampling_support([{"token_ids": [5, 5], "sampling_mask": [[5]]}])
+    options = replayed_sampling(top_k=50, top_p=0.9, temperature=0.7, n=8)
+    assert options == {
+        **{"top_k": 50, "top_p": 0.9, "min_p": 0.0, "temperature": 0.7, "n": 8},
+        **{"logprobs": 0, "repetition_penalty": 1.0},
+    }
+    for wrong in ({"top_k": 0}, {"top_k": 5, "top_p": 0.0}, {"top_k": 5, "min_p": 1.0}):
+        with pytest.raises(ValueError, match=r"^(top_k|top_p|min_p): expected"):
+            replayed_sampling(**wrong)
+    with pytest.raises(ValueError, match="presence_penalty: expected"):
+        replayed_sampling(top_k=5, presence_penalty=1.0)
     assert REPLAY_ENGINE["return_sampling_mask"] and PRUNED_ENGINE.items() <= REPLAY_ENGINE.items()
 
 

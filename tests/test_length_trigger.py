@@ -76,7 +76,8 @@ def test_the_command_says_when_and_draws(tmp_path, capsys, caplog):
     with caplog.at_level(logging.WARNING):
         main(["length-trigger", str(log), *options])
     out = capsys.readouterr().out
-    assert "would have fired at step 25: smoothed length" in out
+    assert "would have fired at step 25: smoothed length 161.2 tokens" in out
+    assert "the rate falls every 24 steps from there" in out
     assert "step 49: learning rate 0.4 in place of 0.8 (factor 0.5)" in out
     assert "lr = lr" in out and not caplog.records
     picture = tmp_path / "metrics.length_trigger.png"
@@ -100,10 +101,74 @@ def test_joint_numbers_come_from_the_log():
         replay(rows, LengthDetector(**SMALL, joint={"mismatch": 2.0}))
 
 
+def test_what_is_logged_now_and_then_is_held_in_between():
+    """A number that is not there has not risen."""
+    rows = log_of_a_run(90, triggered=False)
+    for row in rows[::10]:
+        row["mismatch/k3"] = 1e-4
+    detector = LengthDetector(**SMALL, joint={"mismatch": 1.5})
+    found = replay(rows, detector)
+    assert found.triggered_at is None
+    said = describe(found, LengthDetector(**SMALL, joint={"mismatch": 1.5}))
+    assert "the length surged at step 25, but mismatch had not risen with it" in said
+
+
+def test_rows_that_a_resumed_run_wrote_again_are_passed_over():
+    whole = log_of_a_run(90, triggered=False)
+    abandoned = [row | {"length": 9e3} for row in whole[20:40]]
+    found = replay(whole[:20] + abandoned + whole[20:], LengthDetector(**SMALL))
+    expected = replay(whole, LengthDetector(**SMALL))
+    assert found.skipped == 20 and found._replace(skipped=0) == expected
+    assert "(20 rows passed over)" in describe(found, LengthDetector(**SMALL))
+
+
+def test_a_critics_rate_and_a_timers_step_are_not_taken_for_the_policys():
+    rows = [
+        {
+            "data": {
+                "timing_s/step": 30.5,
+                "critic/lr": 1e-5,
+                "critic/grad_norm": 7.0,
+                "actor/lr": 1e-6,
+                "actor/grad_norm": 0.3,
+                "response_length/mean": length_at(i),
+            }
+        }
+        for i in range(60)
+    ]
+    found = replay(rows, LengthDetector(**SMALL))
+    assert found.rates == [1e-6] * 60 and found.steps == list(range(60))
+    assert found.keys["grad_norm"] == "data/actor/grad_norm" and "step" not in found.keys
+
+
+def test_rows_without_a_finite_length_are_counted_and_strings_of_numbers_read():
+    rows = log_of_a_run(60, triggered=False)
+    expected = replay(rows, LengthDetector(**SMALL))
+    rows = [{name: str(value) for name, value in row.items()} for row in rows]
+    rows.insert(2, {"update": 2.5, "length": float("nan"), "lr": 1.0})
+    found = replay(rows, LengthDetector(**SMALL))
+    assert found.skipped == 1 and found.triggered_at == expected.triggered_at
+
+
+def test_our_own_factor_is_divided_out_where_others_put_it():
+    ran = log_of_a_run(60, triggered=True)
+    nested = [{"train": row, "update": row["update"]} for row in ran]
+    found = replay(nested, LengthDetector(**SMALL))
+    assert found.rates == pytest.approx(replay(ran, LengthDetector(**SMALL)).rates)
+
+
+def test_truncated_responses_are_read():
+    rows = log_of_a_run(20, triggered=False)
+    for row in rows[10:]:
+        row["truncated"] = 1.0
+    assert replay(rows, LengthDetector(**SMALL)).triggered_at == 15  # 1 - 0.5^5 of all
+
+
 def test_a_log_shorter_than_the_warm_up_and_one_of_zeros():
     rows = [{"step": i, "length": 0.0, "lr": 1.0} for i in range(1, 4)]
     assert "shorter than the warm-up" in describe(replay(rows, LengthDetector()), LengthDetector())
-    found = replay(rows * 3, LengthDetector(**SMALL))
+    rows = [{"step": i, "length": 0.0, "lr": 1.0} for i in range(1, 10)]
+    found = replay(rows, LengthDetector(**SMALL))
     assert "baseline is 0 tokens" in describe(found, LengthDetector(**SMALL))
 
 
@@ -111,7 +176,10 @@ def test_a_log_shorter_than_the_warm_up_and_one_of_zeros():
     ("text", "arguments", "message"),
     [
         ('{"step": 1, "length": 5}\n', [], "lr: expected a learning rate in every row"),
-        ('{"step": 1, "lr": 5}\n', [], "--length_key: expected one of length"),
+        ('{"step": 1, "lr": 5}\n', [], "--length_key: expected one of response_length/mean"),
+        ('{"length": "long", "lr": 1}\n', [], "length: expected a number in the log, got 'long'"),
+        ('{"a/lr": 1, "b/lr": 2, "length": 3}\n', [], "--lr_key: expected one key, the log has a/"),
+        ('{"step": NaN, "length": 5, "lr": 1}\n', [], "step: expected finite numbers under 'step'"),
         ('{"length": 5, "lr": 1}\n', ["--length_key=size"], "--length_key: expected one of size"),
         ("[1, 2]\n", [], "expected a JSON object in each line"),
         ("{\n{}\n", [], "m.jsonl:1: not JSON"),

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -192,6 +193,16 @@ def test_gspo_is_the_sequence_loss(seed, inside):
     torch.testing.assert_close(value, (sequence * rows).detach())
 
 
+def test_defaults_are_the_published_ones_where_there_are_any():
+    defaults = {
+        fn: {n: p.default for n, p in inspect.signature(fn).parameters.items()}
+        for fn in (ppo_clip, gspo, cispo)
+    }
+    assert (defaults[ppo_clip]["clip_low"], defaults[ppo_clip]["clip_high"]) == (0.2, 0.2)
+    assert (defaults[gspo]["clip_low"], defaults[gspo]["clip_high"]) == (3e-4, 4e-4)
+    assert (defaults[cispo]["clip_low"], defaults[cispo]["clip_high"]) == (1.0, 2.0)
+
+
 def test_gspo_clips_whole_responses():
     """Two far tokens that cancel in the mean are inside; PPO would clip both."""
     logp = torch.tensor([[-1.0, -3.0], [-1.0, -1.0]], requires_grad=True)
@@ -253,6 +264,15 @@ def test_reval_is_zero_at_the_reference_without_reward():
     loss = reval_loss(lp, ref, v.expand(9), v_ref.expand(9), torch.zeros(9), mask, beta=0.5)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert (loss == 0).all() and (grad == 0).all()
+    for name in ("ref", "v_ref", "reward"):  # constants, whoever made them
+        inputs = {"ref": ref.clone(), "v_ref": v_ref.expand(9).clone(), "reward": torch.ones(9)}
+        inputs[name].requires_grad_()
+        loss = reval_loss(
+            lp, inputs["ref"], v.expand(9), inputs["v_ref"], inputs["reward"], mask, beta=0.5
+        )
+        assert torch.autograd.grad(
+            loss.sum(), inputs[name], allow_unused=True, retain_graph=True
+        ) == (None,)
     by_hand = (rewards[first, second] / 0.5).square()
     loss = reval_loss(lp, ref, v.expand(9), v_ref.expand(9), rewards[first, second], mask, beta=0.5)
     torch.testing.assert_close(loss.detach(), by_hand)
@@ -371,6 +391,8 @@ def test_bad_inputs_are_named():
         reval_loss(x, x, x, x[:, 0], x[:, 0], mask, beta=1.0)
     with pytest.raises(ValueError, match="token_loss shaped as weights"):
         apply_weights(x[:, 0], x)  # a value per sequence never broadcasts silently
+    with pytest.raises(ValueError, match="finite weights"):
+        apply_weights(x, x * NAN)
     with pytest.raises(ValueError, match="keep of"):
         apply_weights(x, x, keep=torch.ones(2))
     bad = x.clone()

@@ -284,6 +284,8 @@ def test_joint_triggers_wait_for_every_number_to_rise():
     assert joint_trace(mismatches, norms, mismatch=2.0) == 4
     assert joint_trace(mismatches, norms, mismatch=2.0, grad_norm=4.0) == 5
     assert joint_trace(mismatches, norms, mismatch=3.0) is None
+    with pytest.raises(ValueError, match=r"^mismatch: expected a number of at least 0, found -0.1"):
+        joint_trace([-0.1] * 6, norms, mismatch=1.5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -344,7 +346,8 @@ def test_factor_falls_from_one_to_the_floor(s, period_factor, decay, floor, step
         ("period_factor", 0.0), ("decay", 1.0), ("decay", 0.0), ("floor", 1.1), ("origin", "start"),
         ("mode", "log"), ("max_length", 0), ("saturation", 0.0), ("saturation", math.nan),
         ("detector", "slope"), ("slow_smoothing", 0.5), ("slow_smoothing", 1.0),
-        ("joint", {"mismatch": 1.0}), ("joint", {"length": 2.0}),
+        ("joint", {"mismatch": 1.0}), ("joint", {"length": 2.0}), ("joint", ["mismatch"]),
+        ("warmup", 1.5),
     ],
 )  # fmt: skip
 def test_arguments_out_of_range_are_named(name, value):
@@ -383,6 +386,11 @@ def test_arguments_are_not_part_of_the_state():
     assert calm.triggered_at == 2 and detector.factor_at(50) == 0.1 and calm.factor_at(50) == 1.0
     with pytest.raises(ValueError, match=r"state: expected keys"):
         calm.load_state_dict({"factor": 1.0})
+    part = detector.state_dict()
+    part["signals"]["length"].pop("slow")
+    for signals in (part["signals"], {}):
+        with pytest.raises(ValueError, match=r"state: expected signals"):
+            calm.load_state_dict(part | {"signals": signals})
 
 
 def test_mismatched_bases_are_named():

@@ -150,25 +150,51 @@ def test_the_prediction_is_the_first_order_change_of_a_natural_gradient_step():
         assert found["entropy/predicted_change"].item() == pytest.approx(change, rel=2 * lr + 1e-3)
 
 
+def test_the_covariance_is_right_for_advantages_that_are_not_centred():
+    generator = torch.Generator().manual_seed(0)
+    lp = -torch.rand(40, 50, generator=generator)
+    a = 1e4 + 1e-2 * torch.randn(40, 50, generator=generator)
+    mask = torch.ones(40, 50, dtype=torch.bool)
+    found = entropy_metrics(lp, lp, a, mask)["entropy/covariance"].item()
+    x, y = lp.double(), a.double()
+    truth = ((x - x.mean()) * (y - y.mean())).mean().item()
+    assert found == pytest.approx(truth, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "advantages", [[1.0, 1.0, 1.0, 0.0], [0.5, 0.5, -0.5, -0.5]], ids=["uncentred", "centred"]
+)
+def test_equal_lengths_couple_nothing_whatever_the_advantages(advantages):
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    outcome, ids = torch.tensor(advantages), torch.tensor([0, 0, 0, 0])
+    for rule in ("balanced", "seq_mean", "token_mean", "token_mean_group"):
+        for keep in (None, torch.tensor([True, False, True, True])):
+            weights = aggregation_weights(mask, ids, outcome, rule=rule, keep=keep)
+            found = sign_length_metrics(weights, outcome, mask, ids)
+            assert found["coupling/share"].item() == pytest.approx(0, abs=1e-6)
+
+
 def test_sign_length_metrics():
     mask = torch.arange(6) < torch.tensor([1, 3, 6, 2])[:, None]
     outcome, ids = torch.tensor([2.0, 1.0, -1.0, 0.0]), torch.tensor([0, 0, 0, 0])
     weights = aggregation_weights(mask, ids, outcome, rule="token_mean")
-    found = {k: v.item() for k, v in sign_length_metrics(weights, outcome, mask).items()}
+    found = {k: v.item() for k, v in sign_length_metrics(weights, outcome, mask, ids).items()}
     assert found == pytest.approx(
         {
             "coupling/sum": (2 + 3 - 6) / 12,
-            "coupling/share": (2 + 3 - 6) / (2 + 3 + 6),
+            # rows of 1, 3, 6 and 2 tokens weigh 3 each at equal lengths
+            "coupling/by_length": (2 * (1 - 3) + 1 * (3 - 3) - 1 * (6 - 3)) / 12,
+            "coupling/share": (2 * (1 - 3) + 1 * (3 - 3) - 1 * (6 - 3)) / (2 + 3 + 6),
             "coupling/length_positive": 2.0,
             "coupling/length_negative": 6.0,
             "coupling/length_gap": 1 / 3,
         }
     )
-    one_sided = sign_length_metrics(weights[:2], outcome[:2], mask[:2])
+    one_sided = sign_length_metrics(weights[:2], outcome[:2], mask[:2], ids[:2])
     assert "coupling/length_gap" not in one_sided and "coupling/length_negative" not in one_sided
-    assert sign_length_metrics(weights, torch.zeros(4), mask) == {}
+    assert sign_length_metrics(weights, torch.zeros(4), mask, ids) == {}
     with pytest.raises(ValueError, match="weights"):
-        sign_length_metrics(weights[:, 1:], outcome, mask)
+        sign_length_metrics(weights[:, 1:], outcome, mask, ids)
     with pytest.raises(ValueError, match="lr >= 0"):
         entropy_metrics(weights, weights, weights, mask, lr=-1.0)
 

@@ -132,8 +132,10 @@ def test_reports_of_parts_add_up_in_any_order(seed):
         for rows in (order[:1], order[1:])  # the second can be empty
     ]
     assert numbers(parts[1] + parts[0]) == pytest.approx(whole, rel=1e-9, abs=1e-9)
-    with pytest.raises(ValueError, match="same optional arguments"):
-        parts[0] + mismatch_report(train, rollout, mask)
+    assert numbers(sum(parts)) == pytest.approx(whole, rel=1e-9, abs=1e-9)
+    for other in ({}, inputs | {"high": 3.0}):
+        with pytest.raises(ValueError, match="same optional arguments"):
+            parts[0] + mismatch_report(train, rollout, mask, **other)
 
 
 def test_buckets_hold_their_lower_edge_and_empty_ones_are_absent():
@@ -173,6 +175,8 @@ def test_bad_inputs_are_named():
     lp, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="rollout_logp"):
         mismatch_report(lp, lp[:, 1:], mask)
+    with pytest.raises(ValueError, match="low <= high"):
+        mismatch_report(lp, lp, mask, low=3.0)
     with pytest.raises(ValueError, match="weights"):
         mismatch_report(lp, lp, mask, weights=lp[:1])
     with pytest.raises(ValueError, match=r"kept.*torch\.bool"):

@@ -54,6 +54,18 @@ def test_entropy_is_held_against_its_first_steps(entropies, states):
     assert "entropy/change" not in readings[0].metrics
 
 
+def test_a_small_signal_beside_the_clipped_away_part_is_an_alarm():
+    monitor = ClipEntropyMonitor(clipped=(1.0, 1.0))
+    r = torch.tensor([[1.0, 3.0]]).log()
+    half, ones = torch.tensor([[True, True]]), torch.ones(1, 2)
+    reading = monitor.observe(r, ones, half, -ones, ones)
+    assert reading.metrics["clip/signal_ratio"] == pytest.approx(4 / 1.8)
+    assert reading.state == "watch" and "clip/signal_ratio 2.22 below 5" in reading.reason
+    reading = monitor.judge({"clip/signal_ratio": 1.9})
+    assert reading.state == "alarm" and "below 2" in reading.reason
+    assert monitor.judge({"clip/signal_ratio": 17.0}).state == "healthy"
+
+
 def test_variance_growth():
     monitor = VarianceMonitor(warmup=2, smoothing=0.0)
     lp, p2 = torch.full((4, 5), -1.0), torch.full((4, 5), 0.3)
@@ -67,6 +79,7 @@ def test_variance_growth():
     assert numbers["variance/growth"] == pytest.approx(16)
     power = numbers["variance/total_power"]
     assert numbers["variance/power_to_signal"] == pytest.approx(power / 0.25)
+    assert numbers["variance/signal_growth"] == 1
 
 
 def test_sign_length_coupling_is_seen_under_token_mean_and_gone_under_balanced():
@@ -75,7 +88,7 @@ def test_sign_length_coupling_is_seen_under_token_mean_and_gone_under_balanced()
     readings = {}
     for rule in ("token_mean", "balanced"):
         weights = aggregation_weights(mask, ids, outcome, rule=rule)
-        readings[rule] = SignLengthMonitor().observe(weights, outcome, mask)
+        readings[rule] = SignLengthMonitor().observe(weights, outcome, mask, ids)
     assert readings["token_mean"].state == "alarm"
     assert readings["token_mean"].metrics["coupling/share"] == pytest.approx((4 - 16) / 20)
     assert readings["token_mean"].metrics["coupling/length_gap"] == pytest.approx(0.25)
@@ -91,12 +104,15 @@ def test_mismatch():
     assert "mismatch/growth" in readings[1].reason and "mismatch/k3" not in readings[1].reason
     assert "mismatch/k3" in readings[2].reason
     assert MismatchMonitor().observe(mismatch_report(lp, lp, ~MASK)) == Reading(
-        "healthy", "every number is within its limits", {}
+        "healthy", "no number to judge", {}
     )
+    uneven = mismatch_report(lp, torch.where(torch.arange(5) == 0, lp - 3, lp), MASK)
+    assert "mismatch/ess" in MismatchMonitor(k3=(9.0, 9.0)).observe(uneven).reason
 
 
 def test_gradient_spikes_against_the_median():
     monitor = GradientNormMonitor(window=4)
+    # the median is 1 although the mean of the last four is 3
     states = [monitor.observe(n).state for n in (9.0, 1.0, 1.0, 1.0, 1.0, 4.0, 1.0, 20.0, 1.0)]
     assert states == ["healthy"] * 5 + ["watch", "healthy", "alarm", "healthy"]
     reading = monitor.observe(torch.tensor(math.inf))
@@ -171,8 +187,13 @@ def test_bad_input_is_refused_and_not_recorded():
         VarianceMonitor(warmup=0)
     with pytest.raises(ValueError, match="window >= 2"):
         GradientNormMonitor(window=1)
-    with pytest.raises(ValueError, match="spike as a pair"):
-        GradientNormMonitor(spike=(math.nan, 1.0))
+    for pair in ((math.nan, 1.0), (3.0, 2.0), 3.0, (1.0, 2.0, 3.0)):
+        with pytest.raises(ValueError, match=r"spike as a pair .* watch <= alarm"):
+            GradientNormMonitor(spike=pair)
+    with pytest.raises(ValueError, match=r"entropy_fall as a pair .* watch >= alarm"):
+        ClipEntropyMonitor(entropy_fall=(0.2, 0.5))
+    even = ClipEntropyMonitor(entropy_fall=(0.2, 0.2), warmup=1)
+    assert clip_step(even).state == "healthy"
 
 
 def test_overall_is_the_worst():
@@ -184,7 +205,7 @@ def test_overall_is_the_worst():
 
 
 # Edits to stability/monitors.py that must turn this file red:
-#   below = alarm < watch  ->  below = False
+#   low=True  ->  low=False
 #   self.seen < self.warmup  ->  self.seen <= self.warmup   in _Trend.update, the first one
 #   if math.isfinite(norm):  ->  if True:
 #   for state in ("alarm", "watch")  ->  ("watch", "alarm")

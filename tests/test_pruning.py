@@ -177,6 +177,16 @@ def test_support_is_checked():
         replay(torch.cat([support, support], -1))
     with pytest.raises(ValueError, match=r"support \[B, T, K\]"):
         replay(support[0])
+    with pytest.raises(ValueError, match=r"support \[B, T, K\]"):
+        replay(support[..., :0])
+    for wrong in (-5, 3.7):
+        with pytest.raises(ValueError, match="token ids, whole numbers >= 0"):
+            pad_support([[[wrong]] * int(n) for n in MASK.sum(1)], MASK)
+    for value in (float("nan"), -float("inf")):
+        broken = logits.clone()
+        broken[1, 1, tokens[1, 1]] = value
+        with pytest.raises(ValueError, match=r"finite log-probability.*\(1, 1\)"):
+            pruned_statistics(broken, tokens, MASK, out_of_set="replay", support=support)
     with pytest.raises(ValueError, match="got none"):
         replay(None)
     with pytest.raises(ValueError, match="got one"):

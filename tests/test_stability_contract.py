@@ -160,11 +160,18 @@ def test_what_is_not_finite_where_it_counts_is_refused(name):
 
 
 def test_two_processes_get_what_one_gets(tmp_path):
-    """Groups straddle the ranks, which hold unequal numbers of rows and of columns."""
+    """Groups straddle the ranks, which hold unequal numbers of rows and of columns, one none.
+
+    And what one rank refuses the other does not wait for.
+    """
     torch.multiprocessing.spawn(workers.stability_over_ranks, (2, str(tmp_path)), nprocs=2)
-    for seed in range(3):
+    for rank in range(2):
+        refused = torch.load(tmp_path / f"refused_{rank}.pt")
+        assert set(refused.values()) == {True}, [n for n, yes in refused.items() if not yes]
+        assert refused
+    for seed in range(4):
         p = cases.problem(seed)
-        rows = workers.stability_rows(p)
+        rows = workers.stability_rows(p, seed)
         results = [torch.load(tmp_path / f"{seed}_{rank}.pt") for rank in range(2)]
         for name in cases.CASES:
             expected = run(name, p)

@@ -268,6 +268,13 @@ def test_bad_inputs_are_named():
         logit_gradient_proxy(torch.zeros(2), torch.zeros(3))
 
 
+def test_the_proxy_stays_below_its_bound():
+    """sum_p2 that rounding or another engine made too large: (1 - p)^2 bounds the others."""
+    lp = torch.tensor([-0.5, -1e-6])
+    p = lp.exp()
+    assert (logit_gradient_proxy(lp, torch.ones(2)) <= 2 * (1 - p).square() * (1 + 1e-5)).all()
+
+
 # Edits to stability/token_baseline.py that must turn this file red:
 #   importance.double().square()  ->  importance.double()
 #   .cumsum(1) of the energy      ->  no cumsum

@@ -239,6 +239,21 @@ def test_bad_inputs_are_named():
             fn(log_ratio, mask)
 
 
+def test_thresholds_are_inclusive_and_checked():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    log_ratio = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
+    mean = (log_ratio.expm1()).mean().item()
+    assert sequence_error_rate_mask(log_ratio, mask, threshold=mean)[0].item()
+    assert not sequence_error_rate_mask(log_ratio, mask, threshold=mean * (1 - 1e-12))[0].item()
+    k2 = {"max_threshold": 0.125, "mean_threshold": 9.0}
+    assert trust_region_mask(log_ratio, mask, **k2)[0].item()
+    for bad in (float("nan"), -0.1):
+        with pytest.raises(ValueError, match="max_threshold >= 0"):
+            trust_region_mask(log_ratio, mask, max_threshold=bad)
+        with pytest.raises(ValueError, match="threshold >= 0"):
+            sequence_error_rate_mask(log_ratio, mask, threshold=bad)
+
+
 def test_indicators_are_the_bounds_of_what_was_seen():
     mask = torch.tensor([[True, True, False, True], [False, True, False, False]])
     log_ratio = torch.tensor([[0.1, -0.2, 9.0, 0.05], [9.0, -0.1, 9.0, 9.0]], dtype=torch.float64)
