@@ -1,8 +1,7 @@
 """Group statistics of a batch of rollouts against verl's installed functions, as ratios.
 
-    python -m pip install --target /tmp/verl/site-packages --no-deps verl==0.9.1 ...
-        (the whole command stands in tests/test_parity_verl.py)
-    OMP_NUM_THREADS=1 PYTHONPATH=/tmp/verl/site-packages pytest benchmarks/bench_stability.py \
+    make test-verl     # installs verl into .cache/peers/verl/site-packages
+    OMP_NUM_THREADS=1 PYTHONPATH=.cache/peers/verl/site-packages pytest benchmarks/bench_stability.py \
         --benchmark-json=benchmarks/results/bench_stability.json
     python benchmarks/report.py benchmarks/results/bench_stability.json
 
