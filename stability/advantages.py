@@ -393,7 +393,7 @@ def tree_advantages(
     centred, sizes, rows, index = _centred(rewards, group_ids, valid, process_group)
     weight = sizes[index] if combine == "group_size" else torch.ones_like(centred)
     weight = masked(weight, rows)
-    summed, weights = weight * centred, weight
+    summed, size, weights = weight * centred, (weight * centred).abs(), weight
     inside = rows
     for depth in range(paths.shape[1]):
         inside = inside & (paths[:, depth] >= 0)
@@ -404,7 +404,9 @@ def tree_advantages(
         weight = masked(
             sizes[index] if combine == "group_size" else torch.ones_like(centred), shared
         )
-        summed, weights = summed + weight * centred, weights + weight
+        summed, size = summed + weight * centred, size + (weight * centred).abs()
+        weights = weights + weight
+    summed = _without_noise(summed, size, rewards)  # depths can cancel
     return masked(summed / weights.clamp_min(1), rows).to(wide(rewards).dtype)
 
 
