@@ -1,8 +1,8 @@
 """Group statistics of a batch of rollouts against verl's installed functions, as ratios.
 
     make test-verl     # installs verl into .cache/peers/verl/site-packages
-    OMP_NUM_THREADS=1 PYTHONPATH=.cache/peers/verl/site-packages pytest benchmarks/bench_stability.py \
-        --benchmark-json=benchmarks/results/bench_stability.json
+    OMP_NUM_THREADS=1 PYTHONPATH=.cache/peers/verl/site-packages \
+        pytest benchmarks/bench_stability.py --benchmark-json=benchmarks/results/bench_stability.json
     python benchmarks/report.py benchmarks/results/bench_stability.json
 
 About 100k tokens of 64 prompts in fp32 on one CPU thread: groups of 16 with responses of 100

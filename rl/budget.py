@@ -206,9 +206,42 @@ class SuccessRates:
             ValueError: shapes do not match, or a reward that counts is not finite; nothing is
                 recorded then.
         """
-        prompt_ids = _checked(prompt_ids)
-        if rewards.ndim != 1 or len(prompt_ids) != len(rewards):
-            found = f"{len(prompt_ids)} and {tuple(rewards.shape)}"
+        found: dict[str | int, tuple[float, float]] = {}
+        error = None
+        try:
+            rows = self._checked_rows(prompt_ids, rewards, valid)
+        except ValueError as wrong:
+            rows, error = [], str(wrong)
+        for prompt, reward in rows:
+            successes, rollouts = found.get(prompt, (0.0, 0.0))
+            found[prompt] = (successes + (reward > self.threshold), rollouts + 1)
+        if process_group is not None:
+            both: list[tuple] = [({}, None)] * dist.get_world_size(process_group)
+            dist.all_gather_object(both, (found, error), group=process_group)
+            gathered = [part for part, _ in both]
+            error = error or next((f"on another rank: {e}" for _, e in both if e), None)
+            found = {}
+            for part in gathered:
+                for prompt, new in part.items():
+                    old = found.get(prompt, (0.0, 0.0))
+                    found[prompt] = (old[0] + new[0], old[1] + new[1])
+        if error is not None:
+            raise ValueError(error)
+        for prompt, (successes, rollouts) in found.items():
+            before = self._counts.get(prompt, (0.0, 0.0))
+            self._counts[prompt] = (
+                self.decay * before[0] + successes,
+                self.decay * before[1] + rollouts,
+            )
+
+    @staticmethod
+    def _checked_rows(
+        prompt_ids: Sequence[str | int], rewards: Tensor, valid: Tensor | None
+    ) -> list[tuple[str | int, float]]:
+        """(id, reward) of the rollouts that count."""
+        ids = _checked(prompt_ids)
+        if rewards.ndim != 1 or len(ids) != len(rewards):
+            found = f"{len(ids)} and {tuple(rewards.shape)}"
             raise ValueError(f"expected a prompt id for each of rewards [B], got {found}")
         counted = torch.ones(len(rewards), dtype=torch.bool) if valid is None else valid.cpu()
         if counted.dtype != torch.bool or counted.shape != rewards.shape:
@@ -216,26 +249,8 @@ class SuccessRates:
             raise ValueError(f"expected valid {tuple(rewards.shape)} of torch.bool, got {found}")
         if not rewards.cpu()[counted].isfinite().all():
             raise ValueError("expected finite rewards where they count, got NaN or inf")
-        found: dict[str | int, tuple[float, float]] = {}
-        rows = zip(prompt_ids, rewards.tolist(), counted.tolist(), strict=True)
-        for prompt, reward, counts in rows:
-            if counts:
-                successes, rollouts = found.get(prompt, (0.0, 0.0))
-                found[prompt] = (successes + (reward > self.threshold), rollouts + 1)
-        if process_group is not None:
-            gathered: list[dict] = [{} for _ in range(dist.get_world_size(process_group))]
-            dist.all_gather_object(gathered, found, group=process_group)
-            found = {}
-            for part in gathered:
-                for prompt, new in part.items():
-                    old = found.get(prompt, (0.0, 0.0))
-                    found[prompt] = (old[0] + new[0], old[1] + new[1])
-        for prompt, (successes, rollouts) in found.items():
-            before = self._counts.get(prompt, (0.0, 0.0))
-            self._counts[prompt] = (
-                self.decay * before[0] + successes,
-                self.decay * before[1] + rollouts,
-            )
+        rows = zip(ids, rewards.tolist(), counted.tolist(), strict=True)
+        return [(prompt, reward) for prompt, reward, counts in rows if counts]
 
     def rates(self, prompt_ids: Sequence[str | int]) -> Tensor:
         """Success rates of some prompts.

@@ -94,7 +94,11 @@ def replay(
     """
     flat = [_flattened(row) for row in rows]
     found = _keys(flat, keys or {}, needed={"length", *detector.joint})
+    for name in ("lr", *detector.joint):  # they may be logged now and then, in rows of their own
+        _hold(flat, name, found)
     watched = [row for row in flat if math.isfinite(_number(row, found["length"], math.nan))]
+    if any(row.get(found.get("step")) is None for row in watched):
+        found.pop("step", None)  # not in every row: then none counts, and rows do
     steps = [_number(row, found.get("step"), i) for i, row in enumerate(watched)]
     if not all(map(math.isfinite, steps)):
         raise ValueError(f"step: expected finite numbers under {found['step']!r}, got NaN or inf")
@@ -105,12 +109,12 @@ def replay(
     base_rates = [lr if lr is not None else _base_rate(row, found) for row in watched]
     if any(rate is None for rate in base_rates):
         raise ValueError("lr: expected a learning rate in every row of the log, or --lr, got none")
-    joint = {name: _held([_number(row, found[name]) for row in watched]) for name in detector.joint}
     alone = copy.deepcopy(detector)
     alone.joint = {}
     smoothed, factors, triggered_at = [], [], None
     for i, (logged, row) in enumerate(zip(steps, watched, strict=True)):
         step = int(logged) - first
+        joint = {name: _number(row, found[name]) for name in detector.joint}
         factors.append(detector.factor_at(step))
         truncated = _number(row, found.get("truncated"))
         seen = {
@@ -118,7 +122,7 @@ def replay(
             "truncated_fraction": truncated if truncated is None or 0 <= truncated <= 1 else None,
         }
         alone.observe(**seen, step=i)
-        fired = detector.observe(**seen, step=step, **{name: x[i] for name, x in joint.items()})
+        fired = detector.observe(**seen, step=step, **joint)
         smoothed.append(detector.smoothed)
         if fired:
             triggered_at = logged
@@ -146,14 +150,17 @@ def _without_abandoned(steps: list[float]) -> list[int]:
     return kept
 
 
-def _held(values: list[float | None]) -> list[float]:
-    """Numbers logged now and then, held in between; the first one also before it."""
-    known = [x for x in values if x is not None]
-    held, last = [], known[0]
-    for x in values:
-        last = last if x is None else x
-        held.append(last)
-    return held
+def _hold(rows: list[dict[str, Any]], number: str, found: dict[str, str]) -> None:
+    """Fills in what the rows between leave out: the last value, and the first one before it."""
+    if number not in found:
+        return
+    key = found[number]
+    known = [row[key] for row in rows if row.get(key) is not None]
+    if not known:
+        raise ValueError(f"--{number}_key: expected numbers under {key} in the log, got none")
+    last = known[0]
+    for row in rows:
+        row[key] = last = last if row.get(key) is None else row[key]
 
 
 def main(arguments: list[str]) -> None:
@@ -222,7 +229,8 @@ def describe(result: Replay, detector: LengthDetector) -> str:
         A few lines.
     """
     used = ", ".join(f"{name} = {key}" for name, key in result.keys.items())
-    passed = f" ({result.skipped} rows passed over)" if result.skipped else ""
+    why = "without a finite length, or steps that were written again later"
+    passed = f" ({result.skipped} rows passed over: {why})" if result.skipped else ""
     lines = [f"{len(result.steps)} steps{passed}; {used}"]
     if result.baseline is None:
         lines.append(f"shorter than the warm-up of {detector.warmup} steps: nothing to compare")
@@ -255,12 +263,14 @@ def describe(result: Replay, detector: LengthDetector) -> str:
     period = detector.period_factor * max(result.triggered_at - first, 1)
     lines.append(f"the rate falls every {period:g} steps from there (origin: {detector.origin})")
     factors = [new / old if old else 1.0 for new, old in zip(result.replayed, result.rates)]
-    for (_, before), (i, after) in pairwise(enumerate(factors)):
-        if not math.isclose(before, after):
-            lines.append(
-                f"step {result.steps[i]:g}: learning rate {result.replayed[i]:.3g} in place of "
-                f"{result.rates[i]:.3g} (factor {after:g})"
-            )
+    falls = [i for i, (a, b) in enumerate(pairwise(factors), 1) if not math.isclose(a, b)]
+    if not falls:
+        lines.append("no fall within this log")
+    for i in falls:
+        lines.append(
+            f"step {result.steps[i]:g}: learning rate {result.replayed[i]:.3g} in place of "
+            f"{result.rates[i]:.3g} (factor {factors[i]:g})"
+        )
     return "\n".join(lines)
 
 

@@ -44,17 +44,28 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def total(x: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
-    """`x` summed over the ranks of a process group, in place; as it is without one."""
-    if process_group is not None:
-        dist.all_reduce(x, group=process_group)
-    return x
+    """`x` summed over the ranks of a process group, in its dtype; as it is without one."""
+    return _reduced(x, dist.ReduceOp.SUM, process_group)
 
 
 def maximum(x: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
-    """Element-wise maximum of `x` over the ranks of a process group, in place."""
-    if process_group is not None:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=process_group)
-    return x
+    """Element-wise maximum of `x` over the ranks of a process group."""
+    return _reduced(x, dist.ReduceOp.MAX, process_group)
+
+
+def minimum(x: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
+    """Element-wise minimum of `x` over the ranks of a process group."""
+    return _reduced(x, dist.ReduceOp.MIN, process_group)
+
+
+def _reduced(x: Tensor, operation: dist.ReduceOp, process_group: ProcessGroup | None) -> Tensor:
+    """In fp64 or int64, whatever the ranks' dtypes: a collective of unlike ones kills a process."""
+    if process_group is None:
+        return x
+    same = x.double() if x.is_floating_point() else x.long()
+    same = same.clone() if same is x else same
+    dist.all_reduce(same, operation, group=process_group)
+    return same.to(x.dtype)
 
 
 def mean_over(x: Tensor, mask: Tensor, process_group: ProcessGroup | None = None) -> Tensor:
@@ -77,7 +88,7 @@ def agreed(process_group: ProcessGroup | None, like: Tensor) -> Iterator[None]:
     error = None
     try:
         yield
-    except ValueError as found:
+    except Exception as found:
         error = found
     if process_group is not None:
         device = like.device if isinstance(like, Tensor) else None

@@ -18,8 +18,9 @@ said otherwise.
 Common to all: rollouts of a group may be spread over the ranks of `process_group`, and the result
 is that of one process; a rollout with `valid` False counts nowhere and gets 0; in a group of one
 the baseline is the reward itself, so the advantage is 0 (some frameworks give r there).
-Sums are fp64, and an advantage below 32 eps (of the rewards' dtype) of the group's spread is 0: a
-reward that is the mean has no sign of rounding's making, which `aggregation_weights` would use.
+Sums are fp64, and an advantage that rounding alone could have made (32 eps of the rewards' dtype,
+of the group's spread) is 0, so that it has no sign, which `aggregation_weights` would use.
+`reinforce` and `remax` compare with nothing of the group but the greedy row: no mean, no such 0.
 """
 
 from __future__ import annotations
@@ -193,7 +194,9 @@ def opo_advantages(
     weight = torch.where(tokens[index] > 0, weight, rows.to(weight.dtype))
     shares = segment_sum(torch.stack([weight, weight * above], 1), index, n, process_group)
     baseline = shares[:, 1] / torch.where(shares[:, 0] > 0, shares[:, 0], 1)
-    out = _without_noise(masked(above - baseline[index], rows), spread[index], rewards)
+    sizes = segment_sum(rows.double(), index, n, process_group)
+    out = masked(above - baseline[index], rows)
+    out = _without_noise(out, spread[index], sizes[index], rewards)
     return out.to(wide(rewards).dtype)
 
 
@@ -214,7 +217,7 @@ def reinforce_advantages(rewards: Tensor, *, valid: Tensor | None = None) -> Ten
     Source:
         REINFORCE, Williams 1992.
     """
-    rows = _check(rewards, None, valid)
+    rows = _check_rewards(rewards, valid)
     return masked(wide(rewards.detach()), rows)
 
 
@@ -391,6 +394,7 @@ def tree_advantages(
             found = f"{tuple(paths.shape)} of {paths.dtype}"
             raise ValueError(f"expected paths [B, D] of an integer dtype, got {found}")
     centred, sizes, rows, index = _centred(rewards, group_ids, valid, process_group)
+    largest = sizes[index]
     weight = sizes[index] if combine == "group_size" else torch.ones_like(centred)
     weight = masked(weight, rows)
     summed, size, weights = weight * centred, (weight * centred).abs(), weight
@@ -406,7 +410,7 @@ def tree_advantages(
         )
         summed, size = summed + weight * centred, size + (weight * centred).abs()
         weights = weights + weight
-    summed = _without_noise(summed, size, rewards)  # depths can cancel
+    summed = _without_noise(summed, size, largest, rewards)  # depths can cancel
     return masked(summed / weights.clamp_min(1), rows).to(wide(rewards).dtype)
 
 
@@ -461,13 +465,17 @@ def broadcast_advantages(advantages: Tensor, mask: Tensor) -> Tensor:
     return masked(wide(advantages)[:, None], mask)
 
 
-def _check(rewards: Tensor, group_ids: Tensor | None, valid: Tensor | None) -> Tensor:
+def _check(rewards: Tensor, group_ids: Tensor, valid: Tensor | None) -> Tensor:
     """[B] bool, the rows that count."""
+    rows = _check_rewards(rewards, valid)
+    check_groups(group_ids, rewards.shape[0])
+    return rows
+
+
+def _check_rewards(rewards: Tensor, valid: Tensor | None) -> Tensor:
     check_tensor("rewards", rewards)
     if rewards.ndim != 1:
         raise ValueError(f"expected rewards [B], got {tuple(rewards.shape)}")
-    if group_ids is not None:
-        check_groups(group_ids, rewards.shape[0])
     rows = valid_rows(valid, rewards)
     check_finite("rewards", rewards, rows)
     return rows
@@ -484,9 +492,10 @@ def _above_lowest(
     return above, -segment_min(-above, index, n, process_group), index
 
 
-def _without_noise(advantages: Tensor, spread: Tensor, rewards: Tensor) -> Tensor:
-    dtype = wide(rewards).dtype
-    return masked(advantages, advantages.abs() > 32 * torch.finfo(dtype).eps * spread)
+def _without_noise(advantages: Tensor, spread: Tensor, size: Tensor, rewards: Tensor) -> Tensor:
+    """0 where the rewards' rounding, or that of an fp64 sum of `size` terms, could be all of it."""
+    eps = 32 * torch.finfo(wide(rewards).dtype).eps + 8 * size * torch.finfo(torch.float64).eps
+    return masked(advantages, advantages.abs() > eps * spread)
 
 
 def _centred(
@@ -499,7 +508,7 @@ def _centred(
     sizes = segment_sum(rows.double(), index, len(spread), process_group)
     mean = segment_sum(above, index, len(spread), process_group) / sizes.clamp_min(1)
     centred = masked(above - mean[index], rows)
-    return _without_noise(centred, spread[index], rewards), sizes, rows, index
+    return _without_noise(centred, spread[index], sizes[index], rewards), sizes, rows, index
 
 
 def _batch_deviation(values: Tensor, counted: Tensor, process_group: ProcessGroup | None) -> Tensor:

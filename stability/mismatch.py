@@ -19,7 +19,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ._numerics import MAX_LOG_RATIO, check_mask, check_tokens, k3, masked, ratio
+from ._numerics import (
+    MAX_LOG_RATIO,
+    agreed,
+    check_mask,
+    check_tokens,
+    k3,
+    masked,
+    maximum,
+    minimum,
+    ratio,
+    total,
+)
 from .statistics import segment_sum
 
 _P_EDGES = ("1e-6", "1e-4", "1e-2", "0.1", "0.5")  # of the trainer's probability of the token
@@ -50,15 +61,19 @@ class MismatchReport:
 
     def __add__(self, other: MismatchReport) -> MismatchReport:
         """The report of both batches together."""
-        settings = ("weighted", "masked", "bounds")
-        if any(getattr(self, name) != getattr(other, name) for name in settings):
+        if not isinstance(other, MismatchReport):
+            return NotImplemented
+        if self._settings() != other._settings():
             raise ValueError("expected reports made with the same optional arguments, got others")
         maxima = torch.maximum(self.maxima, other.maxima)
         return replace(self, sums=self.sums + other.sums, maxima=maxima)
 
     def __radd__(self, other: int) -> MismatchReport:
         """So that sum(reports) works, which starts at 0."""
-        return self if other == 0 else NotImplemented
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def _settings(self) -> list[float]:
+        return [float(self.weighted), float(self.masked), *self.bounds]
 
     def all_reduce(self, process_group: ProcessGroup | None = None) -> MismatchReport:
         """The report of all ranks' batches together; every rank must call.
@@ -68,11 +83,15 @@ class MismatchReport:
 
         Returns:
             A new report, the same on every rank.
+
+        Raises:
+            ValueError: on every rank, if the ranks' reports were made with other arguments.
         """
-        sums, maxima = self.sums.clone(), self.maxima.clone()
-        dist.all_reduce(sums, group=process_group)
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=process_group)
-        return replace(self, sums=sums, maxima=maxima)
+        group = dist.group.WORLD if process_group is None else process_group
+        settings = self.sums.new_tensor(self._settings())
+        if not torch.equal(maximum(settings, group), minimum(settings, group)):
+            raise ValueError("expected reports made with the same optional arguments on all ranks")
+        return replace(self, sums=total(self.sums, group), maxima=maximum(self.maxima, group))
 
     def metrics(self) -> dict[str, Tensor]:
         """The numbers, under `mismatch/`.
@@ -182,6 +201,7 @@ def mismatch_report(
     high: float = 2.0,
     weights: Tensor | None = None,
     kept: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> MismatchReport:
     """Measures the mismatch of one batch, or of one part of it.
 
@@ -193,11 +213,12 @@ def mismatch_report(
         high: bound of `fraction_high`.
         weights: [B, T] from `importance_weights`, to be reported beside the ratios.
         kept: [B, T] bool, the mask after trust-region masking or pruning.
+        process_group: ranks whose batches are reported together; every one of them must call. None:
+            this process alone (add up micro-batches first, then `all_reduce` the sum).
 
     Returns:
-        A report; add it to those of the other micro-batches, `all_reduce` it over ranks, then take
-        its `metrics()`. Log-ratios (summed over a response where a product is meant) are clamped to
-        +-20 before the exp.
+        A report; add it to those of the other micro-batches, then take its `metrics()`. Log-ratios
+        (summed over a response where a product is meant) are clamped to +-20 before the exp.
 
     Raises:
         ValueError: shapes do not match, an unmasked input is not finite, or the bounds are no
@@ -209,9 +230,15 @@ def mismatch_report(
     """
     if not 0 <= low <= high < math.inf:
         raise ValueError(f"expected 0 <= low <= high, got low={low}, high={high}")
-    check_mask(mask)
-    check_tokens("logp", logp, mask)
-    check_tokens("rollout_logp", rollout_logp, mask)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_tokens("logp", logp, mask)
+        check_tokens("rollout_logp", rollout_logp, mask)
+        if weights is not None:
+            check_tokens("weights", weights, mask)
+        if kept is not None and (kept.shape != mask.shape or kept.dtype != torch.bool):
+            found = f"{tuple(kept.shape)} of {kept.dtype}"
+            raise ValueError(f"expected kept {tuple(mask.shape)} of torch.bool, got {found}")
     train, rollout = masked(logp.double(), mask), masked(rollout_logp.double(), mask)
     place = mask.flatten().nonzero().squeeze(1)  # once: a boolean index looks for it each time
     lengths, rows = mask.sum(1), mask.any(1)
@@ -259,7 +286,6 @@ def mismatch_report(
         "response_low": (response < low).double(),
     }
     if weights is not None:
-        check_tokens("weights", weights, mask)
         w = weights.flatten()[place].double()
         tokens |= {"weight": w, "-weight": -w, "weight2": w.square()}
         of_response = segment_sum(w, row_of_token, len(n)) / n
@@ -270,9 +296,6 @@ def mismatch_report(
             "response_weight_deviation": (of_response - 1).abs(),
         }
     if kept is not None:
-        if kept.shape != mask.shape or kept.dtype != torch.bool:
-            found = f"{tuple(kept.shape)} of {kept.dtype}"
-            raise ValueError(f"expected kept {tuple(mask.shape)} of torch.bool, got {found}")
         dropped = mask & ~kept
         tokens["masked_tokens"] = dropped.flatten()[place].double()
         responses["masked_sequences"] = dropped.any(1)[rows].double()
@@ -286,7 +309,7 @@ def mismatch_report(
     table = torch.stack([tokens["tokens"], gap, divergence], -1)
     edges = log_r.new_tensor([math.log(float(edge)) for edge in _P_EDGES])
     length_of_token = n.repeat_interleave(n)
-    return MismatchReport(
+    report = MismatchReport(
         torch.cat(
             [
                 sums,
@@ -299,6 +322,7 @@ def mismatch_report(
         kept is not None,
         (low, high),
     )
+    return report if process_group is None else report.all_reduce(process_group)
 
 
 def _bucket_sums(values: Tensor, edges: Tensor, table: Tensor) -> Tensor:

@@ -9,8 +9,8 @@
 `observe` measures tensors and judges; `judge` takes the numbers alone, so a log can be replayed.
 A limit is a pair (watch, alarm) and belongs to one number, which also says whether large or small
 is bad. Numbers that a trend compares with "at first" are compared with their mean over the first
-`warmup` steps. The limits' defaults are ours, to be set for the run at hand; a judged number that
-is not finite is always an alarm. A trend does not take it in.
+`warmup` steps. The limits' defaults are ours, to be set for the run at hand; a number that is
+judged, or whose trend is, and is not finite is always an alarm; a trend does not take it in.
 Monitors hold plain numbers only: put `state_dict()` into the checkpoint. Over ranks pass the
 process group, so that every rank reads the same.
 """
@@ -162,20 +162,22 @@ class _Monitor:
         Returns:
             The reading, with the numbers of trends added.
         """
-        numbers = {name: float(value) for name, value in metrics.items()}
+        numbers = {name: float(x) for name, x in metrics.items() if x is not None}
         self._extend(numbers)
+        found: dict[State, list[str]] = {"healthy": [], "watch": [], "alarm": []}
         for source, (result, trend) in self._trends.items():
+            if source in numbers and not math.isfinite(numbers[source]):
+                found["alarm"].append(f"{source} is {numbers[source]}")
             relative = trend.update(numbers[source]) if source in numbers else None
             if relative is not None:
                 numbers[result] = relative
-        found: dict[State, list[str]] = {"healthy": [], "watch": [], "alarm": []}
         for limit in self._limits:
             if limit.metric in numbers:
                 state = limit.state(numbers[limit.metric])
                 found[state].append(limit.reason(numbers[limit.metric]))
         for state in ("alarm", "watch"):
             if found[state]:
-                return Reading(state, "; ".join(found[state]), numbers)
+                return Reading(state, "; ".join(dict.fromkeys(found[state])), numbers)
         if not found["healthy"]:
             return Reading("healthy", "no number to judge", numbers)
         return Reading("healthy", "every number is within its limits", numbers)
@@ -204,6 +206,11 @@ class _Monitor:
             raise ValueError(
                 f"expected state with keys {sorted(self.state_dict())}, got {sorted(state)}"
             )
+        for source in self._trends:
+            if not isinstance(state[source], Mapping) or state[source].keys() != {
+                "seen", "first_sum", "smoothed",
+            }:  # fmt: skip
+                raise ValueError(f"expected state of {source} from state_dict, got {state[source]}")
         for source, (_, trend) in self._trends.items():
             trend.load_state_dict(state[source])
 
@@ -291,11 +298,11 @@ class ClipEntropyMonitor(_Monitor):
         return self.judge(clip | found)
 
     def _extend(self, numbers: dict[str, float]) -> None:
-        if "clip/clipped_high" in numbers:
+        if {"clip/clipped_high", "clip/clipped_low"} <= numbers.keys():
             high, low = numbers["clip/clipped_high"], numbers["clip/clipped_low"]
             numbers["clip/clipped_fraction"] = high + low
-        entropy = numbers.get("entropy/mean")
-        if entropy is not None:
+        entropy = numbers.get("entropy/mean", math.nan)
+        if math.isfinite(entropy):
             if self._last_entropy is not None:
                 numbers["entropy/change"] = entropy - self._last_entropy
             self._last_entropy = entropy
@@ -553,6 +560,6 @@ class GradientNormMonitor(_Monitor):
         Raises:
             ValueError: other keys; nothing is restored then.
         """
-        if state.keys() != {"norms"}:
-            raise ValueError(f"expected state with keys ['norms'], got {sorted(state)}")
+        if state.keys() != {"norms"} or not isinstance(state["norms"], list):
+            raise ValueError(f"expected state with keys ['norms'] and a list, got {dict(state)}")
         self._norms = deque(map(float, state["norms"]), maxlen=self._norms.maxlen)

@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from ..triton_kernels.soft_value import initial_value
 from ..triton_kernels.token_stats import TokenStats, token_stats
 from ._numerics import (
+    agreed,
     check_choice,
     check_finite,
     check_mask,
@@ -105,14 +106,15 @@ def pruned_statistics(
     if out_of_set == "replay":
         if group is not None:
             raise ValueError("expected group=None with out_of_set='replay', got a group")
-        stats = replayed_statistics(
-            logits, tokens, mask, support, temperature=temperature, softcap=softcap
-        )
+        with agreed(process_group, mask):
+            stats = replayed_statistics(
+                logits, tokens, mask, support, temperature=temperature, softcap=softcap
+            )
         metrics = pruning_metrics(stats, mask, process_group=process_group)
         return PrunedStatistics(stats, mask, metrics)
-    stats = response_statistics(
-        logits, tokens, mask, temperature=temperature, prune=rho, softcap=softcap, group=group
-    )
+    options = {"temperature": temperature, "softcap": softcap, "group": group}
+    with agreed(process_group, mask):
+        stats = response_statistics(logits, tokens, mask, prune=rho, **options)
     trained, metrics = out_of_set_mask(
         stats.in_safe_set, mask, policy=out_of_set, process_group=process_group
     )
@@ -191,6 +193,8 @@ def replayed_statistics(
         raise ValueError(f"expected logits [B, T, V], got {tuple(logits.shape)}")
     check_shape("logits", logits, (*mask.shape, logits.shape[-1]), "[B, T, V]")
     check_shape("tokens", tokens, mask.shape, "[B, T]")
+    if tokens.dtype != torch.int64:
+        raise ValueError(f"expected tokens of int64, got {tokens.dtype}")
     check_tensor("support", support)
     if (
         support.ndim != 3
@@ -259,10 +263,11 @@ def out_of_set_mask(
     Source:
         arXiv 2512.23087 (abstract read; the three policies are derived here).
     """
-    check_mask(mask)
-    check_shape("in_safe_set", in_safe_set, mask.shape, "[B, T]")
-    if in_safe_set.dtype != torch.bool:
-        raise ValueError(f"expected in_safe_set of torch.bool, got {in_safe_set.dtype}")
+    with agreed(process_group, mask):
+        check_mask(mask)
+        check_shape("in_safe_set", in_safe_set, mask.shape, "[B, T]")
+        if in_safe_set.dtype != torch.bool:
+            raise ValueError(f"expected in_safe_set of torch.bool, got {in_safe_set.dtype}")
     check_choice("policy", policy, ("include", "mask_token", "reject_sequence"))
     outside = mask & ~in_safe_set
     if policy == "include":
@@ -305,10 +310,11 @@ def pruning_metrics(
         arXiv 2512.23087 (abstract read). Differs from the paper: the mass is of S and the sampled
         token.
     """
-    check_mask(mask)
-    if stats.log_kept_mass is None or stats.safe_count is None or stats.in_safe_set is None:
-        raise ValueError("expected stats computed with prune=rho, got stats without a safe set")
-    check_tokens("stats.log_kept_mass", stats.log_kept_mass.detach(), mask)
+    with agreed(process_group, mask):
+        check_mask(mask)
+        if stats.log_kept_mass is None or stats.safe_count is None or stats.in_safe_set is None:
+            raise ValueError("expected stats computed with prune=rho, got stats without a safe set")
+        check_tokens("stats.log_kept_mass", stats.log_kept_mass.detach(), mask)
     if not total(mask.sum(), process_group):
         return {}
     kept_mass = stats.log_kept_mass.detach().clamp_max(0).exp()

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from ..triton_kernels.linear_token_stats import linear_token_stats
 from ..triton_kernels.token_stats import TokenStats, token_stats
-from ._numerics import check_finite, check_mask, check_shape, masked, total
+from ._numerics import check_finite, check_mask, check_shape, masked, minimum, total
 
 _IGNORED = torch.iinfo(torch.int64).min  # no token of a user, so -100 is not passed over
 
@@ -204,9 +204,7 @@ def segment_min(
 ) -> Tensor:
     """[n] minima of the entries of `values` [B] that share an index; inf where there is none."""
     minima = values.new_full((n,), torch.inf).scatter_reduce(0, index, values, "amin")
-    if process_group is not None:
-        dist.all_reduce(minima, dist.ReduceOp.MIN, group=process_group)
-    return minima
+    return minimum(minima, process_group)
 
 
 def reward_to_go(values: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -30,6 +29,7 @@ from ._numerics import (
     check_shape,
     check_tokens,
     masked,
+    maximum,
     mean_over,
     row_mean,
     total,
@@ -167,11 +167,7 @@ def optimal_token_baseline(
 
 
 def _widest(mask: Tensor, process_group: ProcessGroup | None) -> int:
-    if process_group is None:
-        return mask.shape[1]
-    width = torch.tensor(mask.shape[1], device=mask.device)
-    dist.all_reduce(width, dist.ReduceOp.MAX, group=process_group)
-    return int(width)
+    return int(maximum(torch.tensor(mask.shape[1], device=mask.device), process_group))
 
 
 @torch.no_grad()

@@ -225,14 +225,18 @@ METRICS = {
 
 
 def mismatch(p, g):
-    report = s.mismatch_report(
-        p["logp"], p["old"], p["mask"], weights=ratio(p).clamp(-20, 20).exp(), kept=p["kl"] > 0.2
+    return s.mismatch_report(
+        p["logp"],
+        p["old"],
+        p["mask"],
+        weights=ratio(p).clamp(-20, 20).exp(),
+        kept=p["kl"] > 0.2,
+        process_group=g,
     )
-    return report if g is None else report.all_reduce(g)
 
 
-# no process group: a row's numbers are its own, or (mismatch) the caller reduces
-OF_ROWS_ALONE = ("reinforce advantages", "imitation", "kl penalty", "mismatch", "out of set")
+# a row's numbers are its own, or (out of set) there is no number that could be NaN
+OF_ROWS_ALONE = ("reinforce advantages", "imitation", "kl penalty", "out of set")
 CASES = ADVANTAGES | WEIGHTS | MASKS | LOSSES | METRICS
 
 

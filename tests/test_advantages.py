@@ -259,6 +259,20 @@ def test_the_sign_of_a_reward_that_is_the_mean_does_not_depend_on_the_order(fn):
         assert ((signs == 0) == (exact * 8 == exact.sum())).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signs_of_large_groups_do_not_hang_on_the_order_of_a_sum(dtype):
+    for size in (1024, 4096):
+        quarter = size // 4
+        rewards = torch.tensor([0.1, 0.3, 0.2, 0.2], dtype=dtype).repeat_interleave(quarter)
+        ids = torch.zeros(size, dtype=torch.long)
+        for order in (rewards.argsort(), rewards.argsort(descending=True), torch.arange(size)):
+            out = rloo_advantages(rewards[order], ids)
+            assert (out[rewards[order] == rewards[-1]] == 0).all()
+        one = torch.zeros(size, dtype=dtype)
+        one[0] = 1
+        assert (dr_grpo_advantages(one, ids) != 0).all()  # what is real stays
+
+
 def test_depths_that_cancel_leave_no_sign_in_a_tree():
     generator = torch.Generator().manual_seed(0)
     ids, zeros = torch.zeros(8, dtype=torch.long), 0

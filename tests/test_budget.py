@@ -137,6 +137,8 @@ def test_a_resumed_store_goes_on(tmp_path):
 def test_every_rank_holds_the_rates_of_all(tmp_path):
     torch.multiprocessing.spawn(workers.success_rates_over_ranks, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for rank in range(2):
+        assert "finite rewards" in (tmp_path / f"refused_{rank}").read_text()
     assert first == second == {"prompts": [["a", 2.0, 3.0], ["c", 1.0, 1.0], ["b", 0.0, 1.0]]}
 
 

@@ -113,13 +113,43 @@ def test_what_is_logged_now_and_then_is_held_in_between():
     assert "the length surged at step 25, but mismatch had not risen with it" in said
 
 
+def test_numbers_in_rows_of_their_own_are_held():
+    rows = []
+    for row in log_of_a_run(60, triggered=False):
+        rows += [
+            {"step": row["update"], "length": row["length"]},
+            {"step": row["update"], "lr": 0.5},
+        ]
+        rows.append({"grad_norm": 1.0 if row["update"] < 30 else 9.0})
+    found = replay(rows, LengthDetector(**SMALL, joint={"grad_norm": 2.0}))
+    assert found.rates == [0.5] * 60 and found.triggered_at == 31
+    for row in rows:
+        if "grad_norm" in row:
+            row["grad_norm"] = None
+    with pytest.raises(ValueError, match="--grad_norm_key: expected numbers under grad_norm"):
+        replay(rows, LengthDetector(**SMALL, joint={"grad_norm": 2.0}))
+
+
+def test_steps_that_only_some_rows_have_do_not_count():
+    rows = log_of_a_run(60, triggered=False)
+    for row in rows:
+        step = row.pop("update")
+        if step % 10 == 0:
+            row["global_step"] = 1000 + step
+    found = replay(rows, LengthDetector(**SMALL))
+    assert found.steps == list(range(60)) and found.skipped == 0 and "step" not in found.keys
+    assert "no fall within this log" in describe(
+        replay(rows[:30], LengthDetector(**SMALL)), LengthDetector(**SMALL)
+    )
+
+
 def test_rows_that_a_resumed_run_wrote_again_are_passed_over():
     whole = log_of_a_run(90, triggered=False)
     abandoned = [row | {"length": 9e3} for row in whole[20:40]]
     found = replay(whole[:20] + abandoned + whole[20:], LengthDetector(**SMALL))
     expected = replay(whole, LengthDetector(**SMALL))
     assert found.skipped == 20 and found._replace(skipped=0) == expected
-    assert "(20 rows passed over)" in describe(found, LengthDetector(**SMALL))
+    assert "(20 rows passed over: " in describe(found, LengthDetector(**SMALL))
 
 
 def test_a_critics_rate_and_a_timers_step_are_not_taken_for_the_policys():

@@ -176,6 +176,43 @@ def test_a_number_that_is_not_finite_is_an_alarm_and_does_not_enter_the_trend():
     assert monitor.judge({"mismatch/k3": 1e-4}).metrics["mismatch/growth"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("monitor", "name"),
+    [
+        (VarianceMonitor, "variance/total_power"),
+        (VarianceMonitor, "variance/signal"),
+        (ClipEntropyMonitor, "entropy/mean"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_only_a_trend_reads_is_judged_too(monitor, name, value):
+    each = monitor(warmup=1)
+    assert each.judge({name: 1.0}).state == "healthy"
+    reading = each.judge({name: value})
+    assert reading.state == "alarm" and f"{name} is {value}" in reading.reason
+    after = each.judge({name: 1.0})
+    assert after.state == "healthy" and all(math.isfinite(x) for x in after.metrics.values())
+
+
+def test_parts_of_a_log_are_judged_as_far_as_they_go():
+    reading = ClipEntropyMonitor().judge({"clip/clipped_high": 0.6, "entropy/mean": None})
+    assert reading == Reading("healthy", "no number to judge", {"clip/clipped_high": 0.6})
+
+
+@pytest.mark.parametrize("inner", [None, {}, {"seen": 1}])
+def test_malformed_states_are_refused_whole(inner):
+    monitor = VarianceMonitor(warmup=1)
+    monitor.judge({"variance/total_power": 1.0, "variance/signal": 2.0})
+    before = monitor.state_dict()
+    with pytest.raises(ValueError, match="expected state of variance/signal"):
+        monitor.load_state_dict(
+            before | {"variance/total_power": before["variance/signal"], "variance/signal": inner}
+        )
+    assert monitor.state_dict() == before
+    with pytest.raises(ValueError, match="a list"):
+        GradientNormMonitor().load_state_dict({"norms": {}})
+
+
 def test_bad_input_is_refused_and_not_recorded():
     monitor = ClipEntropyMonitor()
     clip_step(monitor)

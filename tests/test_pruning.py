@@ -187,6 +187,8 @@ def test_support_is_checked():
         broken[1, 1, tokens[1, 1]] = value
         with pytest.raises(ValueError, match=r"finite log-probability.*\(1, 1\)"):
             pruned_statistics(broken, tokens, MASK, out_of_set="replay", support=support)
+    with pytest.raises(ValueError, match="tokens of int64"):
+        replayed_statistics(logits, tokens.int(), MASK, support)
     with pytest.raises(ValueError, match="got none"):
         replay(None)
     with pytest.raises(ValueError, match="got one"):

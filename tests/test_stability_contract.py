@@ -169,6 +169,15 @@ def test_two_processes_get_what_one_gets(tmp_path):
         refused = torch.load(tmp_path / f"refused_{rank}.pt")
         assert set(refused.values()) == {True}, [n for n, yes in refused.items() if not yes]
         assert refused
+        assert "same optional arguments" in (tmp_path / f"unlike_{rank}").read_text()
+    p = cases.problem(0)
+    rows = workers.stability_rows(p, 0)
+    for name in cases.CASES:
+        if name in cases.MASKS or name == "aggregation by the sign of advantages":
+            continue  # at a threshold fp32 may decide otherwise
+        for rank in range(2):
+            mixed = torch.load(tmp_path / f"mixed_{rank}.pt")[name]
+            assert_same(mixed, run(name, p), rows=rows[rank], rtol=1e-3, atol=1e-4)
     for seed in range(4):
         p = cases.problem(seed)
         rows = workers.stability_rows(p, seed)

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from trimtab.stability import aggregation_weights, apply_weights
+from trimtab.stability import aggregation_weights, apply_weights, mismatch_report
 
 # test_aggregation.py
 
@@ -109,6 +109,21 @@ def stability_over_ranks(rank, world, folder):
         except ValueError as error:
             refused[name] = "finite" in str(error) if rank else "another rank" in str(error)
     torch.save(refused, f"{folder}/refused_{rank}.pt")
+    # the ranks' dtypes differ: no error, and what fp32 is good for
+    p = cases.problem(0)
+    if rank:
+        p = {name: x.float() if x.is_floating_point() else x for name, x in p.items()}
+    mine = cases.rows_of(p, stability_rows(p, 0)[rank])
+    found = {}
+    for name, case in cases.CASES.items():
+        found[name] = {key: x.double() for key, x in case(mine, dist.group.WORLD).items()}
+    torch.save(found, f"{folder}/mixed_{rank}.pt")
+    other = {} if rank else {"low": 0.1}  # reports that do not go together
+    report = mismatch_report(p["logp"], p["old"], p["mask"], **other)
+    try:
+        report.all_reduce()
+    except ValueError as error:
+        Path(f"{folder}/unlike_{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
@@ -124,6 +139,11 @@ def success_rates_over_ranks(rank, world, folder):
     store = SuccessRates()
     prompts, rewards = (["a", "b"], [1.0, 0.0]) if rank else (["a", "c", "a"], [0.0, 1.0, 1.0])
     store.observe(prompts, torch.tensor(rewards), process_group=dist.group.WORLD)
+    broken = torch.tensor([float("nan") if rank else 1.0])
+    try:
+        store.observe(["a"], broken, process_group=dist.group.WORLD)
+    except ValueError as error:
+        Path(f"{folder}/refused_{rank}").write_text(str(error))
     torch.save(store.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
