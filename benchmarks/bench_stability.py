@@ -2,8 +2,8 @@
 
     make test-verl     # installs verl into .cache/peers/verl/site-packages
     OMP_NUM_THREADS=1 PYTHONPATH=.cache/peers/verl/site-packages \
-        pytest benchmarks/bench_stability.py --benchmark-json=benchmarks/results/bench_stability.json
-    python benchmarks/report.py benchmarks/results/bench_stability.json
+        pytest benchmarks/bench_stability.py --benchmark-json=FILE
+    python benchmarks/report.py FILE
 
 About 100k tokens of 64 prompts in fp32 on one CPU thread: groups of 16 with responses of 100
 tokens, and groups of 4 to 28 with responses of 50 to 150 tokens, rows in random order. Each side
