@@ -18,9 +18,10 @@ demo: $(READY)
 	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"
 	@$(BIN)/trimtab-rl --config chain_sum_cpu $(ARGS)
 
+# in the order of their names: by number of tests, the longest one, a file of its own, would come last
 test: $(READY)
 	@echo "==> running the test suite"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(READY)
 	@echo "==> running the slow tests"
