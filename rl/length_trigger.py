@@ -47,7 +47,7 @@ class Replay(NamedTuple):
         steps: of each row with a length, as logged.
         lengths: mean response length, tokens.
         smoothed: the detector's average of it.
-        rates: learning rate that the run used, or the one given.
+        rates: learning rate of the run, without our own factor if it had one, or the one given.
         replayed: learning rate with the detector's factor.
         triggered_at: the step of the trigger; None if it did not fire.
         surge: index of the first row after the warm-up at which the length alone would have fired.
@@ -292,7 +292,7 @@ def draw(result: Replay, picture: Path) -> None:
     if result.baseline is not None:
         length.axhline(result.baseline, color="gray", linestyle=":", label="baseline")
     length.set(title="response length (tokens)")
-    rate.plot(result.steps, result.rates, drawstyle="steps-post", label="of the run")
+    rate.plot(result.steps, result.rates, drawstyle="steps-post", label="without it")
     rate.plot(result.steps, result.replayed, drawstyle="steps-post", label="length-triggered")
     rate.set(title="learning rate")
     for axis in (length, rate):

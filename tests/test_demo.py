@@ -12,7 +12,7 @@ def test_fifteen_updates_lift_the_held_out_accuracy(tmp_path):
     """The base comes from the cache `make demo` uses too; without it the warm-up runs first."""
     arguments = ["--config", "chain_sum_cpu", "--policy.warmup.cache_dir", CACHE]
     small = ["--updates", "15", "--evaluation.problems", "64", "--threads", "1"]
-    run([*arguments, "--run_dir", "run", *small], tmp_path, timeout=600)
+    run([*arguments, "--run_dir", "run", *small], tmp_path, timeout=1200)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["before"], summary["after"]
     assert 0.15 <= before["sampled"] <= 0.45
