@@ -276,10 +276,11 @@ def dtype_of(job: dict) -> str:
     return next(signature[name] for name in names if name in signature)
 
 
-# fp32 on one target by default, on the others in `make test-slow`: two minutes more
+# sm_90 and, in bf16, gfx942 by default; the rest in `make test-slow`: three minutes more
 SLOW = pytest.mark.slow
+DEFAULT = (("sm_90", "bf16"), ("sm_90", "fp32"), ("gfx942", "bf16"))
 CASES = [
-    pytest.param(target, dtype, marks=[] if dtype == "bf16" or target == "sm_90" else SLOW)
+    pytest.param(target, dtype, marks=[] if (target, dtype) in DEFAULT else SLOW)
     for target in TARGETS
     for dtype in ("bf16", "fp32")
 ]
