@@ -1,16 +1,37 @@
 import os
 
-# Set before any kernel module is imported: @triton.jit reads it at decoration.
 import torch
 
+# Set before any kernel module is imported: @triton.jit reads it at decoration. So all are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import importlib
+import pkgutil
+
 import pytest
+
+import trimtab.triton_kernels
+
+for module in pkgutil.iter_modules(trimtab.triton_kernels.__path__, "trimtab.triton_kernels."):
+    importlib.import_module(module.name)
 
 # Two OpenMP threads were catastrophic under contention; only the demo uses all cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_run_where_they_are_tested(request: pytest.FixtureRequest):
+    """Elsewhere, and in processes started there, PyTorch runs as for a user without a GPU.
+
+    The interpreter takes seconds for what takes PyTorch milliseconds. A file that tests kernels has
+    `pytestmark = pytest.mark.interpreter`; a single test sets TRITON_INTERPRET itself.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(mark.name == "interpreter" for mark in request.node.iter_markers()):
+            patch.delenv("TRITON_INTERPRET", raising=False)
+        yield
 
 
 @pytest.fixture

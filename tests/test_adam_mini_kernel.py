@@ -32,7 +32,10 @@ from trimtab.triton_kernels.adam_mini import (
 
 pytest.importorskip("triton")
 # NumPy's, from the interpreter: NaN and infinity are compared and multiplied on purpose
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # of param, grad, exp_avg

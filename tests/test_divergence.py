@@ -16,7 +16,10 @@ from trimtab.triton_kernels import divergence
 from trimtab.triton_kernels._rows import BUFFER_BYTES
 from trimtab.triton_kernels.divergence import token_kl, token_kl_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, interpreting
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, interpreting
+]
 INF = math.inf
 OPTIONS = {
     "plain": {},

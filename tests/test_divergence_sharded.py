@@ -7,6 +7,8 @@ import divergence_workers as workers
 import pytest
 import torch
 
+pytestmark = pytest.mark.interpreter
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

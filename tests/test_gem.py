@@ -9,7 +9,10 @@ from trimtab.triton_kernels._rows import BUFFER_BYTES
 from trimtab.triton_kernels.gem import gem_loss, gem_loss_from_stats, gem_loss_reference
 from trimtab.triton_kernels.token_stats import token_stats
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, interpreting
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, interpreting
+]
 INF = math.inf
 OPTIONS = {"plain": {}, "other": {"beta": 1.3, "softcap": 4.0}}
 both_h = pytest.mark.parametrize("h", ["linear", "logsigmoid"])

@@ -9,7 +9,10 @@ from trimtab.triton_kernels._rows import BUFFER_BYTES
 from trimtab.triton_kernels.divergence import token_kl
 from trimtab.triton_kernels.imitation import teacher_kl, teacher_kl_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, interpreting
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, interpreting
+]
 INF = math.inf
 OPTIONS = {"plain": {}, "capped": {"temperature": 0.9, "softcap": 4.0}}
 EPS = torch.finfo(torch.float32).eps

@@ -16,6 +16,8 @@ from trimtab.triton_kernels.linear_token_stats import (
 )
 from trimtab.triton_kernels.token_stats import TokenStats, token_stats
 
+pytestmark = pytest.mark.interpreter
+
 INF = math.inf
 DIFFERENTIABLE = ("logp", "entropy", "sum_p2", "logsumexp", "log_kept_mass")
 TILE_N, TILE_V, TILE_D = 16, 32, 16

@@ -45,12 +45,6 @@ def policy_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def cpu_path(monkeypatch):
-    """What a machine without a GPU runs; the interpreter has its own tests and is slow."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
 class Letters(Task):
     """Prompts of letters; the reward function is given."""
 

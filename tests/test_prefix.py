@@ -18,8 +18,9 @@ from prefix_cases import (
 from tiny_models import KINDS, VOCAB, causal_lm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from trimtab.rl import prefix_phases
+from trimtab.rl import prefix_metrics, prefix_phases
 from trimtab.rl.prefix import PrefixGroup, SharedPrefix, Wave
+from trimtab.triton_kernels._launch import runs_kernel
 
 # ---------------------------------------------------------------------- the definition
 
@@ -71,6 +72,20 @@ def test_float32(kind, head, attention):
     _, grad = shared_gradient(step, prompt, responses, weights)
     assert relative_l2(grad, truth) < max(2e-6, 1.5 * relative_l2(dense, truth))
     assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_float32_with_the_kernels(head, monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert runs_kernel(torch.zeros(1))
+    prompt, responses, weights = group_of_responses(40, (5, 9))
+    _, truth = dense_gradient(model_of("llama_gqa"), prompt, responses, weights)
+    model = model_of("llama_gqa", torch.float32)
+    _, dense = dense_gradient(model, prompt, responses, weights)
+    step = SharedPrefix(model, min_bound=0, verify="never", head=head)
+    _, grad = shared_gradient(step, prompt, responses, weights)
+    assert relative_l2(grad, truth) < max(2e-6, 1.5 * relative_l2(dense, truth))
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
@@ -655,14 +670,21 @@ def test_waves_are_no_larger_than_a_trajectory():
     assert SharedPrefix(model_of("llama"), wave_tokens=7).tokens_of_waves(600, [60]) == 7
 
 
-def test_speedup_is_that_over_the_dense_route():
-    """Not of cold passes of single trajectories: calls have their cost, and there are fewer."""
+def test_speedup_is_that_over_the_dense_route(monkeypatch):
+    """Not of passes of single trajectories: calls have their cost, and there are fewer."""
     model = model_of("llama_gqa", torch.float32)
+    now = [0.0]
+    model.register_forward_pre_hook(lambda *_: now.append(now[-1] + 1))  # a second a call
+    monkeypatch.setattr(prefix_metrics.time, "perf_counter", lambda: now[-1])
     step = SharedPrefix(model, min_bound=0)
-    for _ in range(3):
+    for _ in range(2):
         route(step, list(range(32)), [[1, 2, 3]] * 3)
         found = step.metrics()
-    assert 0 < found["prefix/speedup"] < 1 < found["prefix/bound"]
+    dense, _ = step.cost.group(31, [3] * 3, True)
+    rate = 3 / (dense + step.cost.calls(3, True))  # the verification's three trajectories
+    expected = rate * (dense + step.cost.calls(1, True)) / 3  # the prompt twice, one wave
+    assert found["prefix/speedup"] == pytest.approx(expected)
+    assert found["prefix/speedup"] < 1 < found["prefix/bound"]
 
 
 # Edits that must turn this file red:

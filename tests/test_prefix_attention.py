@@ -15,6 +15,8 @@ from trimtab.triton_kernels.prefix_attention import (
     prefix_attention_reference,
 )
 
+pytestmark = pytest.mark.interpreter
+
 pytest.importorskip("triton")
 
 BIG, SMALL = 32, 16

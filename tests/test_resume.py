@@ -7,7 +7,7 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import metrics_of, run, start, write_recipe
+from tiny_run import metrics_of, run, run_here, start, write_recipe
 
 
 def policy_of(folder):
@@ -37,7 +37,9 @@ def test_a_run_leaves_everything_the_readme_names(uninterrupted):
     assert kept == ["update=000020.ckpt", "update=000024.ckpt"]
 
 
-@pytest.mark.parametrize("checkpoint", ["update=000004.ckpt", "update=000012.ckpt"])
+@pytest.mark.parametrize(
+    "checkpoint", [pytest.param("update=000004.ckpt", marks=pytest.mark.slow), "update=000012.ckpt"]
+)
 def test_sigkill_then_resume_gives_the_same_weights(uninterrupted, checkpoint):
     """The kill falls on whatever update follows the checkpoint, so lines past it must be undone."""
     folder, name = uninterrupted, f"killed-{checkpoint}"
@@ -71,7 +73,7 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(uninterrupted)
             del summary["after"]
         (folder / "late" / "summary.json").write_text(json.dumps(summary))
         shutil.rmtree(folder / "late" / "policy")
-        run(["--resume", "late"], folder)
+        run_here(["--resume", "late"], folder)
         ends = [json.loads((folder / n / "summary.json").read_text()) for n in ("late", "whole")]
         for end in ends:
             del end["after"]["seconds"]
@@ -83,10 +85,10 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(uninterrupted)
 def test_resume_works_from_another_directory(uninterrupted, tmp_path):
     """Relative paths of the recipe mean what they meant where the run was started."""
     folder = uninterrupted
-    run(["--config", "recipe.yaml", "--run_dir", "moved", "--trainer.max_steps", "5"], folder)
+    run_here(["--config", "recipe.yaml", "--run_dir", "moved", "--trainer.max_steps", "5"], folder)
     output = run(["--resume", folder / "moved"], tmp_path)
     assert f"going to {folder}" in output and not list(tmp_path.iterdir())
-    assert "complete" in run(["--resume", folder / "moved"], tmp_path)
+    assert "complete" in run_here(["--resume", folder / "moved"], tmp_path)
 
 
 def test_an_interrupted_run_says_how_to_go_on(uninterrupted):
@@ -99,18 +101,17 @@ def test_an_interrupted_run_says_how_to_go_on(uninterrupted):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in output
     assert "run folder: stop" in output and "--resume stop goes on" in output
-    run(["--resume", folder / "stop"], folder)
+    run_here(["--resume", folder / "stop"], folder)
     assert metrics_of(folder / "stop") == metrics_of(folder / "whole")
 
 
 def test_a_truncated_newest_checkpoint_costs_only_its_updates(uninterrupted):
     folder = uninterrupted
-    run(
-        ["--config", folder / "recipe.yaml", "--run_dir", "cut", "--trainer.max_steps", "9"], folder
-    )
+    recipe = folder / "recipe.yaml"
+    run_here(["--config", recipe, "--run_dir", "cut", "--trainer.max_steps", "9"], folder)
     newest = max((folder / "cut" / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:1000])
-    output = run(["--config", folder / "recipe.yaml", "--resume", "cut"], folder)
+    output = run_here(["--config", recipe, "--resume", "cut"], folder)
     assert "cannot be read" in output and "after update 8" in output
     assert metrics_of(folder / "cut") == metrics_of(folder / "whole")
     kept = sorted(path.name for path in (folder / "cut" / "checkpoints").iterdir())
@@ -119,10 +120,9 @@ def test_a_truncated_newest_checkpoint_costs_only_its_updates(uninterrupted):
 
 def test_a_finished_run_is_left_alone_and_more_updates_continue_it(uninterrupted):
     folder = uninterrupted
-    output = run(["--resume", "whole"], folder)
-    assert "complete" in output
-    run(["--config", folder / "recipe.yaml", "--run_dir", "short", "--updates", "13"], folder)
-    run(["--resume", "short", "--updates", "24"], folder)
+    assert "complete" in run_here(["--resume", "whole"], folder)
+    run_here(["--config", folder / "recipe.yaml", "--run_dir", "short", "--updates", "13"], folder)
+    run_here(["--resume", "short", "--updates", "24"], folder)
     assert metrics_of(folder / "short") == metrics_of(folder / "whole")
     assert policy_of(folder / "short")["model.norm.weight"].equal(
         policy_of(folder / "whole")["model.norm.weight"]

@@ -8,7 +8,10 @@ from trimtab.triton_kernels import soft_value
 from trimtab.triton_kernels._rows import BUFFER_BYTES
 from trimtab.triton_kernels.soft_value import initial_value, initial_value_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, interpreting
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, interpreting
+]
 INF = math.inf
 OPTIONS = {"plain": {}, "capped": {"temperature": 0.9, "softcap": 4.0}}
 

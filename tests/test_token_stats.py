@@ -17,6 +17,8 @@ from trimtab.triton_kernels.token_stats import (
     token_stats_reference,
 )
 
+pytestmark = pytest.mark.interpreter
+
 INF = math.inf
 DIFFERENTIABLE = ("logp", "entropy", "sum_p2", "logsumexp", "log_kept_mass")
 # (N, V): one row, one entry; V below, at, one past and twice past the block (4096);

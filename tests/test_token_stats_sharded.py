@@ -2,8 +2,10 @@ import pytest
 import token_stats_workers as workers
 import torch
 
+pytestmark = pytest.mark.interpreter
 
-@pytest.mark.parametrize("world", [2, 3])
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_sharded_vocabulary_equals_one_process(world, tmp_path):
     """Logits and head cut unevenly over gloo processes, kernels and PyTorch."""
     torch.multiprocessing.spawn(workers.run, (world, str(tmp_path)), nprocs=world)

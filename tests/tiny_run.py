@@ -6,8 +6,11 @@ writes, so every group has rollouts of different reward and length and every upd
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -112,6 +115,22 @@ def run(arguments: list[str | Path], folder: Path, timeout: float = 240) -> str:
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
     return output
+
+
+def run_here(arguments: list[str | Path], folder: Path) -> str:
+    """`run` in this process, which has imported everything: that takes longer than a run."""
+    from trimtab.rl.cli import main
+
+    output = io.StringIO()
+    logged = logging.StreamHandler(output)
+    logger = logging.getLogger("trimtab")
+    logger.addHandler(logged)
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(output):
+            main([str(argument) for argument in arguments])
+    finally:
+        logger.removeHandler(logged)
+    return output.getvalue()
 
 
 def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
