@@ -3,6 +3,7 @@ import torch
 import workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 
 from trimtab.stability import (
     aggregation_weights,
@@ -213,7 +214,7 @@ def test_the_gradient_is_the_same_under_any_micro_batch_split(rule):
 
 def test_the_gradient_is_the_same_over_two_processes(tmp_path):
     # groups straddle the ranks, the ranks hold unequal numbers of rows and of groups
-    torch.multiprocessing.spawn(workers.aggregation_over_ranks, (2, str(tmp_path), RULES), nprocs=2)
+    run_ranks(workers.aggregation_over_ranks, (2, str(tmp_path), RULES), 2)
     inputs, parameter = workers.aggregation_problem()
     gradients = torch.load(tmp_path / "gradients.pt")
     for rule in RULES:

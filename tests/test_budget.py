@@ -7,6 +7,7 @@ import torch
 import workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 from tiny_models import causal_lm
 
 from trimtab.rl import (
@@ -135,7 +136,7 @@ def test_a_resumed_store_goes_on(tmp_path):
 
 
 def test_every_rank_holds_the_rates_of_all(tmp_path):
-    torch.multiprocessing.spawn(workers.success_rates_over_ranks, (2, str(tmp_path)), nprocs=2)
+    run_ranks(workers.success_rates_over_ranks, (2, str(tmp_path)), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for rank in range(2):
         assert "finite rewards" in (tmp_path / f"refused_{rank}").read_text()

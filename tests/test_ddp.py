@@ -4,9 +4,9 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import run_ranks
 from safetensors.torch import load_file
-from tiny_run import metrics_of, run, write_recipe
+from tiny_run import metrics_of, run, run_here, write_recipe
 from workers import cli_runs, gradients_of
 
 UPDATES = 3
@@ -45,7 +45,7 @@ def folder(tmp_path_factory, request):
             "trainer.callbacks": [{"class_path": "workers.SaveGradients"}],
         },
     )
-    run(["--config", recipe, "--run_dir", "one"], folder)
+    run_here(["--config", recipe, "--run_dir", "one"], folder)
     phases = ["--update.route", "three_phase", "--update.prefix.min_bound", "0"]
     fused = [*phases, "--update.head", "fused"]
     runs = {
@@ -63,7 +63,7 @@ def two_ranks(folder, runs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(cli_runs, args=(str(folder), port, runs), nprocs=2)
+    run_ranks(cli_runs, (str(folder), port, runs), 2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp-phases-fused", "fsdp2-phases"])

@@ -5,7 +5,7 @@ The checks are in divergence_workers.py; all run in three processes that are sta
 
 import divergence_workers as workers
 import pytest
-import torch
+from processes import run_ranks
 
 pytestmark = pytest.mark.interpreter
 
@@ -15,7 +15,7 @@ def folder(tmp_path_factory):
     """The list of checks that passed; `failure` has what ended the run."""
     folder = tmp_path_factory.mktemp("divergence")
     try:
-        torch.multiprocessing.spawn(workers.run, (str(folder),), nprocs=3)
+        run_ranks(workers.run, (str(folder),), 3)
     except Exception as error:
         (folder / "failure").write_text(str(error))
     return folder

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from processes import run_ranks
 from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
@@ -419,7 +420,7 @@ def test_either_namespace_serves(monkeypatch):
 
 def test_two_processes_decide_together(tmp_path):
     """Rank 1's responses are short; by the mean both ranks trigger at one step and stay equal."""
-    torch.multiprocessing.spawn(lightning_ddp, args=(str(tmp_path),), nprocs=2)
+    run_ranks(lightning_ddp, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["detector"] == second["detector"] and first["detector"]["triggered_at"] == 5
     assert first["optimizer"] == second["optimizer"] == "AdamMini"

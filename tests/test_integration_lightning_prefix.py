@@ -3,6 +3,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_prefix_workers import Dense, Shared, fit, groups_of, model_of, on_two_processes
 from prefix_cases import dense_gradient, relative_l2
+from processes import run_ranks
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
@@ -188,7 +189,7 @@ def test_double_precision_of_the_trainer():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lightning_prefix")
-    torch.multiprocessing.spawn(on_two_processes, args=(str(folder),), nprocs=2)
+    run_ranks(on_two_processes, (str(folder),), 2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -6,7 +6,7 @@ pipeline (pp) and data (dp) parallel ranks. The processes are Megatron's: it see
 
 import megatron_prefix_workers as workers
 import pytest
-import torch
+from processes import run_ranks
 
 
 def ids(worlds):
@@ -19,7 +19,7 @@ def outcome(tmp_path_factory, worlds):
     failure = ""
     try:
         processes = max(world[0] for world, _ in worlds)
-        torch.multiprocessing.spawn(workers.run, (str(folder), worlds), nprocs=processes)
+        run_ranks(workers.run, (str(folder), worlds), processes)
     except Exception as error:
         failure = str(error)
     passed = folder / "passed"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from prefix_cases import dense_gradient, relative_l2
 from prefix_cases import model_of as architecture
 from prefix_workers import groups_of, model_of, no_prefix_on_rank_1, run
+from processes import run_ranks
 from tiny_models import causal_lm
 
 from trimtab.rl.prefix import SharedPrefix
@@ -21,7 +21,7 @@ CASES += [("fsdp2", x) for x in ("whole after forward, keep", "hybrid")]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prefix")
-    mp.spawn(run, args=(2, str(folder)), nprocs=2)
+    run_ranks(run, (2, str(folder)), 2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

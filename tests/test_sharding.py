@@ -10,6 +10,7 @@ import pytest
 import sharding_checkpoint_checks as checkpoints
 import sharding_workers as workers
 import torch
+from processes import run_ranks
 from sharded_bag import alone, assert_same
 from torch import nn
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
     checkpoints.save_alone(folder)
     try:
-        torch.multiprocessing.spawn(workers.run, (str(folder),), nprocs=4)
+        run_ranks(workers.run, (str(folder),), 4)
     except Exception as error:
         (folder / "failure").write_text(str(error))
     return folder

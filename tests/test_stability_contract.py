@@ -8,6 +8,7 @@ import torch
 import workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_ranks
 
 from trimtab import stability
 
@@ -164,7 +165,7 @@ def test_two_processes_get_what_one_gets(tmp_path):
 
     And what one rank refuses the other does not wait for.
     """
-    torch.multiprocessing.spawn(workers.stability_over_ranks, (2, str(tmp_path)), nprocs=2)
+    run_ranks(workers.stability_over_ranks, (2, str(tmp_path)), 2)
     for rank in range(2):
         refused = torch.load(tmp_path / f"refused_{rank}.pt")
         assert set(refused.values()) == {True}, [n for n, yes in refused.items() if not yes]

@@ -1,0 +1,51 @@
+"""Ranks of a test: processes of a server that has imported what takes seconds to import."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing import forkserver
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.multiprocessing import start_processes
+
+_IMPORTED = [
+    "megatron.core.models.gpt",
+    "pytorch_lightning",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.models.llama.modeling_llama",
+    "trimtab.optim",
+    "trimtab.rl.cli",
+    "trimtab.rl.loop",
+    "trimtab.stability",
+]
+
+
+def run_ranks(function: Callable[..., None], args: tuple[Any, ...], ranks: int) -> None:
+    """Calls `function(rank, *args)` in so many processes, which have this one's environment.
+
+    Raises what a rank raised. The function and its module are importable by name.
+    """
+    _start_server()
+    environment = dict(os.environ)
+    start_processes(_call, (environment, function, args), ranks, start_method="forkserver")
+
+
+def _start_server() -> None:
+    """Once: kernels are decorated there as conftest.py has them decorated here."""
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    with mock.patch.dict(os.environ, interpreted):
+        forkserver.ensure_running()
+
+
+def _call(
+    rank: int, environment: dict[str, str], function: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    function(rank, *args)
