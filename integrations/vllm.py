@@ -185,16 +185,16 @@ def sampling_support(outputs: Sequence[Any]) -> list[list[list[int]]]:
     """
     support = []
     for i, output in enumerate(outputs):
-        fields = output if isinstance(output, Mapping) else vars(output)
-        found = fields.get("sampling_mask")
+        is_dict = isinstance(output, Mapping)
+        found = output.get("sampling_mask") if is_dict else getattr(output, "sampling_mask", None)
         if found is None:
             raise ValueError(
                 f"outputs[{i}]: expected a sampling_mask, got none; make the engine with "
                 "**REPLAY_ENGINE and requests by `replayed_sampling`"
             )
         sets = [list(kept) for kept in getattr(found, "token_ids", found)]
-        if len(sets) != len(fields["token_ids"]):
-            tokens = len(fields["token_ids"])
+        tokens = len(output["token_ids"] if is_dict else output.token_ids)
+        if len(sets) != tokens:
             raise ValueError(f"outputs[{i}]: expected {tokens} sets, one a token, got {len(sets)}")
         support.append(sets)
     return support

@@ -6,7 +6,8 @@ from .blocks import infer_blocks
 from .conversion import from_adamw_state, from_authors_state, to_adamw_state
 from .heterogeneity import BlockSpectra, BlockSpectrum, Heterogeneity
 from .layouts import BlockEntry, BlockLayout, BlockMap, geometric_layout
-from .lr_scheduler import LengthDetector, LengthTriggeredLR
+from .length_detector import LengthDetector
+from .lr_scheduler import LengthTriggeredLR
 from .reference import AdamMiniState, adam_mini_reference
 from .sharding import flat_shards, parameter_layouts
 from .spectrum import hessian_spectrum

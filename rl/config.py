@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..optim.lr_scheduler import LengthDetector
+from ..optim import LengthDetector
 from .tasks import Task
 from .warmup import WarmupConfig
 

@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> None:
     keys = {name: parsed[f"{name}_key"] for name in _KEYS if parsed[f"{name}_key"] is not None}
     picture = Path(parsed.plot) if parsed.plot else log.with_suffix(".length_trigger.png")
     rows = read_rows(log)
-    with _silenced("trimtab.optim.lr_scheduler"):  # it warns of what is printed below
+    with _silenced(LengthDetector.__module__):  # it warns of what is printed below
         result = replay(rows, LengthDetector(**options), keys=keys, lr=parsed.lr)
     if not picture.parent.is_dir():
         raise ValueError(f"--plot: expected a file in a folder that exists, got {picture}")

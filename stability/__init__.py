@@ -39,10 +39,8 @@ from .monitors import (
     ClipEntropyMonitor,
     GradientNormMonitor,
     MismatchMonitor,
-    Reading,
     SignLengthMonitor,
     VarianceMonitor,
-    overall,
 )
 from .pruning import (
     DEFAULT_RHO,
@@ -53,6 +51,7 @@ from .pruning import (
     pruning_metrics,
     replayed_statistics,
 )
+from .readings import Reading, overall
 from .statistics import (
     linear_response_statistics,
     pack_padded,

@@ -13,7 +13,8 @@ said otherwise.
     tree_advantages           mean over shared prefixes of r - mean  arXiv 2508.17445
     reinforce_pp_advantages   reward to go, whitened over the batch  arXiv 2501.03262, per token
 
-`optimal_token_baseline` (token_baseline.py) is the one with a baseline of its own per token.
+`optimal_token_baseline` (token_baseline.py) is the one with a baseline of its own per token;
+`broadcast_advantages` repeats these over tokens, from which `kl_penalty` can be taken.
 
 Common to all: rollouts of a group may be spread over the ranks of `process_group`, and the result
 is that of one process; a rollout with `valid` False counts nowhere and gets 0; in a group of one

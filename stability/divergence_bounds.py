@@ -150,15 +150,16 @@ def trust_region_indicators(
     if horizon is not None and horizon < longest:
         raise ValueError(f"expected horizon >= {int(longest)}, the longest row, got {horizon}")
     log_rho = masked(log_ratio.double(), mask)
-    divergences = []
-    for exact, estimate in ((exact_kl, k3(log_rho)), (exact_tv, excess(log_rho).abs() / 2)):
-        x = masked(estimate if exact is None else exact.double().clamp_min(0), mask)
-        peak = maximum(x.amax() if x.numel() else x.new_zeros(()), process_group)
-        divergences += [peak, mean_over(x.sum(1), mask.any(1), process_group)]
-    max_kl, sequence_kl, max_tv, sequence_tv = divergences
+    kl = k3(log_rho) if exact_kl is None else exact_kl.double().clamp_min(0)
+    tv = excess(log_rho).abs() / 2 if exact_tv is None else exact_tv.double().clamp_min(0)
+    kl, tv = masked(kl, mask), masked(tv, mask)
+    max_kl, max_tv = (
+        maximum(x.amax() if x.numel() else x.new_zeros(()), process_group) for x in (kl, tv)
+    )
+    sequence_kl, sequence_tv = (mean_over(x.sum(1), mask.any(1), process_group) for x in (kl, tv))
     horizon = int(longest) if horizon is None else horizon
     own_index = (mask.cumsum(1) - 1).clamp_min(0)
-    token_tv = x.new_zeros(horizon).index_add(0, own_index.flatten(), x.flatten())
+    token_tv = tv.new_zeros(horizon).index_add(0, own_index.flatten(), tv.flatten())
     responses = total(mask.any(1).sum(), process_group)
     bounds = trust_region_bounds(
         horizon,

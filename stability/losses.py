@@ -369,7 +369,7 @@ def apply_weights(token_loss: Tensor, weights: Tensor, keep: Tensor | None = Non
         weights: shaped as the loss, from `aggregation_weights`.
         keep: [B] bool, from `trust_region_mask`: sequences with False add 0, and the weights stay
             as they are, so the denominator is the total. For the kept count as denominator, pass
-            `mask & keep[:, None]` and `valid=keep` to `aggregation_weights` instead.
+            `keep` and `denominator="kept"` to `aggregation_weights` instead.
 
     Returns:
         0-d tensor in at least fp32.

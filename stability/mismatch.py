@@ -170,8 +170,9 @@ class MismatchReport:
             out["masked_tokens"] = s.masked_tokens / n
             out["masked_sequences"] = s.masked_sequences / rows
         table = self.sums[len(_SCALARS) :].view(-1, 3)  # of each bucket: tokens, gap, k3
-        for bucket, (count, gap, divergence) in zip(_BUCKETS, table):
-            if count > 0:
+        seen = table[:, 0].tolist()  # at once: a GPU would be waited for at every bucket
+        for bucket, some, (count, gap, divergence) in zip(_BUCKETS, seen, table):
+            if some:
                 out[f"abs_dlogp/{bucket}"] = gap / count
                 out[f"k3/{bucket}"] = divergence / count
         return {f"mismatch/{name}": value for name, value in out.items()}

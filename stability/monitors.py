@@ -7,11 +7,8 @@
     reading.metrics    every number, ready for a logger
 
 `observe` measures tensors and judges; `judge` takes the numbers alone, so a log can be replayed.
-A limit is a pair (watch, alarm) and belongs to one number, which also says whether large or small
-is bad. Numbers that a trend compares with "at first" are compared with their mean over the first
-`warmup` steps. The limits' defaults are ours, to be set for the run at hand; a number that is
-judged, or whose trend is, and is not finite is always an alarm; a trend does not take it in.
-Monitors hold plain numbers only: put `state_dict()` into the checkpoint. Over ranks pass the
+How a number is judged is in readings.py. The limits' defaults are ours, to be set for the run at
+hand. Monitors hold plain numbers only: put `state_dict()` into the checkpoint. Over ranks pass the
 process group, so that every rank reads the same.
 """
 
@@ -20,202 +17,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .metrics import clip_metrics, entropy_metrics, sign_length_metrics
 from .mismatch import MismatchReport
+from .readings import Limit, Monitor, Pair, Reading
 from .token_baseline import gradient_variance_proxy
 
-State = Literal["healthy", "watch", "alarm"]
-Pair = tuple[float, float]
 
-_ORDER = ("healthy", "watch", "alarm")
-
-
-class Reading(NamedTuple):
-    """What a monitor says of one step.
-
-    Args:
-        state: "healthy", "watch" or "alarm".
-        reason: which number passed which limit and what that means; of the worst ones, joined.
-        metrics: every number it looked at.
-    """
-
-    state: State
-    reason: str
-    metrics: dict[str, float]
-
-
-def overall(readings: Iterable[Reading]) -> Reading:
-    """The worst state of several readings, the reasons for it, and all numbers.
-
-    Args:
-        readings: of several monitors at one step; at least one.
-
-    Returns:
-        One reading.
-
-    Raises:
-        ValueError: there is none.
-    """
-    readings = list(readings)
-    if not readings:
-        raise ValueError("expected at least one reading, got none")
-    state = max((r.state for r in readings), key=_ORDER.index)
-    reasons = dict.fromkeys(r.reason for r in readings if r.state == state)
-    numbers = {name: value for r in readings for name, value in r.metrics.items()}
-    return Reading(state, "; ".join(reasons), numbers)
-
-
-class _Limit:
-    """One number's limits; `low` says that small is bad."""
-
-    def __init__(
-        self, name: str, pair: Pair, metric: str, meaning: str, *, low: bool = False
-    ) -> None:
-        try:
-            watch, alarm = (float(x) for x in pair)
-        except (TypeError, ValueError):
-            watch = alarm = math.nan
-        if not (watch >= alarm if low else watch <= alarm):
-            order = "watch >= alarm" if low else "watch <= alarm"
-            raise ValueError(f"expected {name} as a pair (watch, alarm) with {order}, got {pair}")
-        self.watch, self.alarm, self.metric, self.meaning, self.low = (
-            watch, alarm, metric, meaning, low,
-        )  # fmt: skip
-
-    def state(self, value: float) -> State:
-        if not math.isfinite(value) or self._beyond(value, self.alarm):
-            return "alarm"
-        return "watch" if self._beyond(value, self.watch) else "healthy"
-
-    def _beyond(self, value: float, limit: float) -> bool:
-        return value <= limit if self.low else value >= limit
-
-    def reason(self, value: float) -> str:
-        if not math.isfinite(value):
-            return f"{self.metric} is {value}"
-        limit = self.alarm if self._beyond(value, self.alarm) else self.watch
-        side = "below" if self.low else "above"
-        return f"{self.metric} {value:.3g} {side} {limit:.3g}: {self.meaning}"
-
-
-class _Trend:
-    """A smoothed number relative to its mean over the first `warmup` observations."""
-
-    def __init__(self, warmup: int, smoothing: float) -> None:
-        if warmup < 1 or not 0 <= smoothing < 1:
-            raise ValueError(
-                f"expected warmup >= 1 and smoothing in [0, 1), got {warmup} and {smoothing}"
-            )
-        self.warmup, self.smoothing = warmup, smoothing
-        self.seen, self.first_sum, self.smoothed = 0, 0.0, 0.0
-
-    def update(self, value: float) -> float | None:
-        """Smoothed value over the first ones' mean; None before there is one, or if that is 0."""
-        if not math.isfinite(value):
-            return None
-        past = self.smoothing if self.seen else 0.0
-        self.smoothed = past * self.smoothed + (1 - past) * value
-        if self.seen < self.warmup:
-            self.first_sum += value
-        self.seen += 1
-        if self.seen < self.warmup or self.first_sum == 0:
-            return None
-        return self.smoothed / (self.first_sum / self.warmup)
-
-    def state_dict(self) -> dict[str, float]:
-        return {"seen": self.seen, "first_sum": self.first_sum, "smoothed": self.smoothed}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.seen = int(state["seen"])
-        self.first_sum, self.smoothed = float(state["first_sum"]), float(state["smoothed"])
-
-
-class _Monitor:
-    """Judges named numbers by limits, after adding those of its trends."""
-
-    def __init__(
-        self,
-        limits: Iterable[_Limit],
-        trends: Mapping[str, str] | None = None,
-        *,
-        warmup: int = 1,
-        smoothing: float = 0.0,
-    ) -> None:
-        self._limits = tuple(limits)
-        self._trends = {
-            source: (result, _Trend(warmup, smoothing)) for source, result in (trends or {}).items()
-        }
-
-    def judge(self, metrics: Mapping[str, float | Tensor]) -> Reading:
-        """State and reason from the numbers of one step; call it once a step, in order.
-
-        Args:
-            metrics: numbers by name; those that the monitor does not know are passed on, those that
-                are missing are not judged.
-
-        Returns:
-            The reading, with the numbers of trends added.
-        """
-        numbers = {name: float(x) for name, x in metrics.items() if x is not None}
-        self._extend(numbers)
-        found: dict[State, list[str]] = {"healthy": [], "watch": [], "alarm": []}
-        for source, (result, trend) in self._trends.items():
-            if source in numbers and not math.isfinite(numbers[source]):
-                found["alarm"].append(f"{source} is {numbers[source]}")
-            relative = trend.update(numbers[source]) if source in numbers else None
-            if relative is not None:
-                numbers[result] = relative
-        for limit in self._limits:
-            if limit.metric in numbers:
-                state = limit.state(numbers[limit.metric])
-                found[state].append(limit.reason(numbers[limit.metric]))
-        for state in ("alarm", "watch"):
-            if found[state]:
-                return Reading(state, "; ".join(dict.fromkeys(found[state])), numbers)
-        if not found["healthy"]:
-            return Reading("healthy", "no number to judge", numbers)
-        return Reading("healthy", "every number is within its limits", numbers)
-
-    def _extend(self, numbers: dict[str, float]) -> None:
-        """Adds what a monitor derives from the numbers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was seen so far, as plain numbers; limits are not part of it.
-
-        Returns:
-            A new dict.
-        """
-        return {source: trend.state_dict() for source, (_, trend) in self._trends.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned.
-
-        Args:
-            state: from a monitor of the same class.
-
-        Raises:
-            ValueError: other keys; nothing is restored then.
-        """
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(
-                f"expected state with keys {sorted(self.state_dict())}, got {sorted(state)}"
-            )
-        for source in self._trends:
-            if not isinstance(state[source], Mapping) or state[source].keys() != {
-                "seen", "first_sum", "smoothed",
-            }:  # fmt: skip
-                raise ValueError(f"expected state of {source} from state_dict, got {state[source]}")
-        for source, (_, trend) in self._trends.items():
-            trend.load_state_dict(state[source])
-
-
-class ClipEntropyMonitor(_Monitor):
+class ClipEntropyMonitor(Monitor):
     """What PPO's clipping removes, and whether entropy collapses or explodes.
 
     Args:
@@ -253,10 +67,10 @@ class ClipEntropyMonitor(_Monitor):
         meaning = "clipping removes much of the gradient"
         relative = "entropy/relative"
         limits = (
-            _Limit("clipped", clipped, "clip/clipped_fraction", meaning),
-            _Limit("signal", signal, "clip/signal_ratio", meaning, low=True),
-            _Limit("entropy_fall", entropy_fall, relative, "entropy is collapsing", low=True),
-            _Limit("entropy_rise", entropy_rise, relative, "entropy is exploding"),
+            Limit("clipped", clipped, "clip/clipped_fraction", meaning),
+            Limit("signal", signal, "clip/signal_ratio", meaning, low=True),
+            Limit("entropy_fall", entropy_fall, relative, "entropy is collapsing", low=True),
+            Limit("entropy_rise", entropy_rise, relative, "entropy is exploding"),
         )
         trends = {"entropy/mean": "entropy/relative"}
         super().__init__(limits, trends, warmup=warmup, smoothing=smoothing)
@@ -328,7 +142,7 @@ class ClipEntropyMonitor(_Monitor):
         self._last_entropy = state["last_entropy"]
 
 
-class VarianceMonitor(_Monitor):
+class VarianceMonitor(Monitor):
     """Power of the policy gradient at the logits against its signal, and where it is going.
 
     Args:
@@ -346,7 +160,7 @@ class VarianceMonitor(_Monitor):
     def __init__(
         self, *, growth: Pair = (3.0, 10.0), warmup: int = 20, smoothing: float = 0.9
     ) -> None:
-        limits = [_Limit("growth", growth, "variance/growth", "gradients are getting noisier")]
+        limits = [Limit("growth", growth, "variance/growth", "gradients are getting noisier")]
         trends = {
             "variance/total_power": "variance/growth",
             "variance/signal": "variance/signal_growth",
@@ -393,7 +207,7 @@ class VarianceMonitor(_Monitor):
             numbers["variance/power_to_signal"] = ratio
 
 
-class SignLengthMonitor(_Monitor):
+class SignLengthMonitor(Monitor):
     """Whether the aggregation pushes responses to be longer or shorter, whatever they say.
 
     Args:
@@ -408,7 +222,7 @@ class SignLengthMonitor(_Monitor):
 
     def __init__(self, *, share: Pair = (0.1, 0.3)) -> None:
         meaning = "lengths alone move the loss, by the aggregation rule"
-        super().__init__([_Limit("share", share, "coupling/abs_share", meaning)])
+        super().__init__([Limit("share", share, "coupling/abs_share", meaning)])
 
     def observe(
         self,
@@ -445,7 +259,7 @@ class SignLengthMonitor(_Monitor):
             numbers["coupling/abs_share"] = abs(numbers["coupling/share"])
 
 
-class MismatchMonitor(_Monitor):
+class MismatchMonitor(Monitor):
     """Whether rollout engine and trainer drift apart.
 
     Args:
@@ -474,9 +288,9 @@ class MismatchMonitor(_Monitor):
     ) -> None:
         few = "a few tokens carry the importance weights"
         limits = (
-            _Limit("k3", k3, "mismatch/k3", "the engine samples from another policy"),
-            _Limit("ess", ess, "mismatch/ess", few, low=True),
-            _Limit("growth", growth, "mismatch/growth", "the mismatch is growing"),
+            Limit("k3", k3, "mismatch/k3", "the engine samples from another policy"),
+            Limit("ess", ess, "mismatch/ess", few, low=True),
+            Limit("growth", growth, "mismatch/growth", "the mismatch is growing"),
         )
         trends = {"mismatch/k3": "mismatch/growth"}
         super().__init__(limits, trends, warmup=warmup, smoothing=smoothing)
@@ -493,7 +307,7 @@ class MismatchMonitor(_Monitor):
         return self.judge(report.metrics())
 
 
-class GradientNormMonitor(_Monitor):
+class GradientNormMonitor(Monitor):
     """Spikes of the gradient norm against the median of the last steps.
 
     Args:
@@ -515,8 +329,8 @@ class GradientNormMonitor(_Monitor):
         self._norms: deque[float] = deque(maxlen=window)
         super().__init__(
             [
-                _Limit("finite", (math.inf, math.inf), "grad_norm", ""),
-                _Limit("spike", spike, "grad_norm/relative", "the gradient is spiking"),
+                Limit("finite", (math.inf, math.inf), "grad_norm", ""),
+                Limit("spike", spike, "grad_norm/relative", "the gradient is spiking"),
             ]
         )
 

@@ -186,7 +186,8 @@ def replayed_statistics(
             is not in its set or has no finite log-probability.
 
     Source:
-        arXiv 2512.02556. Cost: one read of the logits and a copy of [B, T, K] of them.
+        arXiv 2512.02556. Cost: one read of the logits, and tensors of [B, T, K]: the kept logits
+        and, until it returns, four of int64 for the checks.
     """
     check_mask(mask)
     if logits.ndim != 3:

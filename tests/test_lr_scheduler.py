@@ -424,7 +424,7 @@ def test_a_group_added_later_is_scaled_with_the_others():
     assert lrs_of(optimizer) == [0.5, 0.15, 0.4]
 
 
-# Edits to lr_scheduler.py that must turn this file red:
+# Edits to length_detector.py and lr_scheduler.py that must turn this file red:
 #   1. LengthTriggeredLR.step: do not restore the unscaled rates before base.step()
 #   2. factor_at: period = self.period_factor * max(self.triggered_at, 1) (floats delay a decay)
 #   3. observe: let `self.observations <= self.warmup` be `<`

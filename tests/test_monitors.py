@@ -54,6 +54,15 @@ def test_entropy_is_held_against_its_first_steps(entropies, states):
     assert "entropy/change" not in readings[0].metrics
 
 
+def test_a_number_at_its_limit_has_not_passed_it():
+    """Both where large is bad and where small is."""
+    monitor = MismatchMonitor(k3=(0.25, 0.5), ess=(0.5, 0.25))
+    at = [monitor.judge({"mismatch/k3": k3, "mismatch/ess": 1}).state for k3 in (0.25, 0.5, 0.51)]
+    assert at == ["healthy", "watch", "alarm"]
+    at = [monitor.judge({"mismatch/ess": ess}).state for ess in (0.5, 0.25, 0.24)]
+    assert at == ["healthy", "watch", "alarm"]
+
+
 def test_a_small_signal_beside_the_clipped_away_part_is_an_alarm():
     monitor = ClipEntropyMonitor(clipped=(1.0, 1.0))
     r = torch.tensor([[1.0, 3.0]]).log()
@@ -241,9 +250,9 @@ def test_overall_is_the_worst():
         overall([])
 
 
-# Edits to stability/monitors.py that must turn this file red:
+# Edits to stability/readings.py and monitors.py that must turn this file red:
 #   low=True  ->  low=False
-#   self.seen < self.warmup  ->  self.seen <= self.warmup   in _Trend.update, the first one
+#   self.seen < self.warmup  ->  self.seen <= self.warmup   in Trend.update, the first one
 #   if math.isfinite(norm):  ->  if True:
 #   for state in ("alarm", "watch")  ->  ("watch", "alarm")
 #   super().state_dict() | {"last_entropy": ...}  ->  super().state_dict()
