@@ -332,7 +332,7 @@ def check_dense_route():
     records = []
     handler = logging.Handler()
     handler.emit = records.append
-    logging.getLogger("trimtab.integrations.megatron").addHandler(handler)
+    logging.getLogger("trimtab.integrations.megatron_prefix").addHandler(handler)
     metrics = step.accumulate(group.prompt, group.responses, loss_of(group))
     assert_same(take_gradients(model), expected)
     assert metrics["prefix/bound"] < 1.2 and metrics["prefix/shared"] == 0

@@ -37,6 +37,8 @@ PUBLIC = {
         (trimtab.optim, trimtab.optim.__all__),
         (trimtab.stability, trimtab.stability.__all__),
         (trimtab.rl, trimtab.rl.__all__),
+        (lightning, lightning.__all__),
+        (megatron, megatron.__all__),
         *(
             (module, defined_in(module))
             for module in (
@@ -44,11 +46,9 @@ PUBLIC = {
                 gem,
                 imitation,
                 linear_token_stats,
-                megatron,
                 prefix_attention,
                 soft_value,
                 token_stats,
-                lightning,
                 transformers,
                 vllm,
             )

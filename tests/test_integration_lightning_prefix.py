@@ -7,7 +7,7 @@ from processes import run_ranks
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from trimtab.integrations.lightning import SharedPrefixMixin, _refuse_strategy
+from trimtab.integrations.lightning_prefix import SharedPrefixMixin, _refuse_strategy
 from trimtab.rl.prefix import SharedPrefix
 
 pytestmark = pytest.mark.filterwarnings(
@@ -227,7 +227,7 @@ def test_a_static_graph_is_refused(ranks):
     assert all("expected DDP without static_graph" in found["static_graph"] for found in ranks)
 
 
-# Edits to integrations/lightning.py that must turn this file red:
+# Edits to integrations/lightning_prefix.py that must turn this file red:
 #   1. shared_prefix_backward: by=Tensor.backward              (no scaler)
 #   2. shared_prefix_backward: without block_backward_sync     (DDP averages each wave)
 #   3. shared_prefix_backward: no idle_group                   (hangs)

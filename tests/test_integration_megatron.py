@@ -49,7 +49,7 @@ def test_over_more_ranks(large_worlds, check):
     assert check in passed, failure
 
 
-# Edits to integrations/megatron.py that must turn this file red:
+# Edits to integrations/megatron_prefix.py that must turn this file red:
 #   self._schedule([prefix], _no_loss, True)   ->  pass                       (no phase C)
 #   table[positions]                           ->  table[: len(positions)]    (rotary positions)
 #   _attributes(self.gpt, post_process=False)  ->  nullcontext()              (head on the prefix)

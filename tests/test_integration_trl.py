@@ -212,7 +212,7 @@ def test_a_prompt_goes_forward_three_times_an_update(tmp_path):
 def test_a_batch_that_gains_nothing_runs_as_in_grpo_trainer(tmp_path, caplog):
     """One row of each prompt: the update's microbatches are shuffled rows."""
     short = dict(prompts=["a", "b", "c", "d"] * 2, max_completion_length=30, steps=2)
-    with caplog.at_level(logging.WARNING, logger="trimtab.integrations.trl"):
+    with caplog.at_level(logging.WARNING, logger="trimtab.integrations.trl_prefix"):
         stock, ours = both(tmp_path, **short)
     assert all(torch.equal(a, b) for a, b in zip(ours[1], stock[1], strict=True))
     said = [r for r in caplog.records if "run as in GRPOTrainer" in r.getMessage()]
@@ -265,7 +265,7 @@ def test_verification_reaches_the_user(tmp_path):
         train(Shared, tmp_path, model=model, options={"min_bound": 0})
 
 
-# Edits to integrations/trl.py that must turn this file red:
+# Edits to integrations/trl_prefix.py that must turn this file red:
 #   1. _Statistics.backward: without ctx.batch.backward
 #   2. _Batch.statistics: rows in the order of the groups
 #   3. _Batch.backward: no grad_entropy
