@@ -11,6 +11,7 @@ from .lr_scheduler import LengthTriggeredLR
 from .reference import AdamMiniState, adam_mini_reference
 from .sharding import flat_shards, parameter_layouts
 from .spectrum import hessian_spectrum
+from .step_factor import StepFactor
 
 __all__ = [
     "AdamMini",
@@ -24,6 +25,7 @@ __all__ = [
     "Heterogeneity",
     "LengthDetector",
     "LengthTriggeredLR",
+    "StepFactor",
     "adam_mini_reference",
     "block_stats",
     "flat_shards",

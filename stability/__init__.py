@@ -68,9 +68,11 @@ from .trust_region import (
     sequence_error_rate_mask,
     trust_region_mask,
 )
+from .watch import HOST_NAMES, StabilityWatch, Verdict
 
 __all__ = [
     "DEFAULT_RHO",
+    "HOST_NAMES",
     "ClipEntropyMonitor",
     "GradientNormMonitor",
     "MismatchMonitor",
@@ -78,7 +80,9 @@ __all__ = [
     "PrunedStatistics",
     "Reading",
     "SignLengthMonitor",
+    "StabilityWatch",
     "VarianceMonitor",
+    "Verdict",
     "aggregation_weights",
     "apply_weights",
     "broadcast_advantages",

@@ -50,6 +50,14 @@ class ClipEntropyMonitor(Monitor):
         arXiv 2512.16912 (read in part); the limits are ours.
     """
 
+    inputs = (
+        "clip/clipped_fraction",
+        "clip/clipped_high",
+        "clip/clipped_low",
+        "clip/signal_ratio",
+        "entropy/mean",
+    )
+
     def __init__(
         self,
         *,
@@ -157,6 +165,8 @@ class VarianceMonitor(Monitor):
         arXiv 2602.07078 (the authors' variance monitor); the limits are ours.
     """
 
+    inputs = ("variance/total_power", "variance/signal")
+
     def __init__(
         self, *, growth: Pair = (3.0, 10.0), warmup: int = 20, smoothing: float = 0.9
     ) -> None:
@@ -220,6 +230,8 @@ class SignLengthMonitor(Monitor):
         arXiv 2605.04077 (read in part); the limits are ours.
     """
 
+    inputs = ("coupling/share",)
+
     def __init__(self, *, share: Pair = (0.1, 0.3)) -> None:
         meaning = "lengths alone move the loss, by the aggregation rule"
         super().__init__([Limit("share", share, "coupling/abs_share", meaning)])
@@ -277,6 +289,8 @@ class MismatchMonitor(Monitor):
         is the default mean bound of trust-region masking).
     """
 
+    inputs = ("mismatch/k3", "mismatch/ess")
+
     def __init__(
         self,
         *,
@@ -322,6 +336,8 @@ class GradientNormMonitor(Monitor):
         practice; arXiv 2602.01826 (read in part) names the gradient norm beside the length. The
         limits are ours.
     """
+
+    inputs = ("grad_norm",)
 
     def __init__(self, *, spike: Pair = (3.0, 10.0), window: int = 50) -> None:
         if window < 2:

@@ -121,7 +121,13 @@ class Trend:
 
 
 class Monitor:
-    """Judges named numbers by limits, after adding those of its trends."""
+    """Judges named numbers by limits, after adding those of its trends.
+
+    Attributes:
+        inputs: names of the numbers that it judges or derives others from.
+    """
+
+    inputs: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -36,7 +36,8 @@ ALLOWED = {
         "triton_kernels.token_stats",
     },
 }
-# Host libraries, imported in integrations/<host>.py and <host>_<part>.py (rl/ is a Lightning program).
+# Host libraries, imported in integrations/<host>.py and <host>_<part>.py (rl/ is a Lightning
+# program).
 HOSTS = {
     "accelerate": "transformers",
     "lightning": "lightning",
