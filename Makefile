@@ -9,10 +9,8 @@ READY := $(VENV)/.ready
 PEERS := .cache/peers
 VERL := verl==0.9.1 tensordict==0.10.0 omegaconf ray codetiming cloudpickle pyvers orjson msgpack \
 	jsonschema jsonschema-specifications referencing rpds-py requests charset-normalizer urllib3 certifi
-TRL := trl==1.16.0 datasets dill multiprocess xxhash pyarrow pandas pytz requests \
-	charset-normalizer urllib3 certifi
 
-.PHONY: demo test test-slow test-verl test-trl lint clean
+.PHONY: demo test test-slow test-verl lint clean
 
 demo: $(READY)
 	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"
@@ -30,12 +28,8 @@ test-slow: $(READY)
 test-verl: $(PEERS)/verl/site-packages
 	@PYTHONPATH=$< $(BIN)/python -m pytest tests/test_parity_verl_*.py $(ARGS)
 
-test-trl: $(PEERS)/trl/site-packages
-	@PYTHONPATH=$< $(BIN)/python -m pytest tests/test_parity_trl.py tests/test_integration_trl.py $(ARGS)
-
 # dill pickles by value what is in a folder of another name
 $(PEERS)/verl/site-packages: PACKAGES = $(VERL)
-$(PEERS)/trl/site-packages: PACKAGES = $(TRL)
 $(PEERS)/%/site-packages: Makefile | $(READY)
 	@echo "==> installing $* into $@ (beside the environment, for its tests only)"
 	@rm -rf $@ && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(PACKAGES)

@@ -1,27 +1,21 @@
-"""SharedPrefixGRPOTrainer against GRPOTrainer, on real runs of a tiny Llama.
-
-CI has no TRL, so this file is skipped there: `make test-trl` runs it (about 45 s on one core). By
-hand, from a folder on PYTHONPATH: it has to be named site-packages, because dill pickles other
-folders' modules by value.
-"""
+"""SharedPrefixGRPOTrainer against GRPOTrainer, on real runs of a tiny Llama."""
 
 import contextlib
 import io
 import logging
 import math
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import LoraConfig
 from tiny_models import VOCAB, causal_lm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-integration = pytest.importorskip("trimtab.integrations.trl")
+from trimtab.integrations.trl import SharedPrefixGRPOTrainer as Shared
 
-Shared = integration.SharedPrefixGRPOTrainer
 CHARACTERS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 +=-*/()[]{}.,;:!?"]
 NAMES = ("grad_norm", "loss", "entropy", "kl", "reward", "clip_ratio/region_mean")
 
@@ -175,7 +169,7 @@ def test_adapter_and_its_reference(tmp_path):
 
     stock = run(trl.GRPOTrainer)
     ours = run(Shared, options={"min_bound": 0})
-    assert_same(stock, ours)
+    assert_same(stock, ours, tolerance=5e-5)  # the adapter is far from its reference: large k3
     assert float(ours[2][0]["kl"]) > 0
 
 

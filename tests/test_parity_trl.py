@@ -1,8 +1,5 @@
 """Parity with the installed GRPOTrainer of TRL 1.16, and the places where we differ on purpose.
 
-CI has no TRL, so this file is skipped there: `make test-trl` installs it into a folder of its own
-and runs this file and test_integration_trl.py.
-
 Samples are made here and handed to the trainer by its `rollout_func`; scoring, correction and loss
 are its own methods. `test_difference_...` pins a difference; its docstring says whether it is a bug
 or a convention. Not in our menus and so not here: sapo, vespo, normalize_then_sum.
@@ -13,8 +10,10 @@ import io
 import math
 from typing import NamedTuple
 
+import datasets
 import pytest
 import torch
+import trl
 from tiny_models import VOCAB, causal_lm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -32,9 +31,6 @@ from trimtab.stability import (
     response_statistics,
     rloo_advantages,
 )
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 PROMPTS, GENERATIONS, LONGEST = 2, 4, 9
 ROWS = PROMPTS * GENERATIONS
