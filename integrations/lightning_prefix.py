@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..rl.prefix import LossFunction, SharedPrefix, Tokens, WaveOutput
+from .lightning_callback import refuse_strategy
 
 
 class SharedPrefixMixin:
@@ -152,23 +153,13 @@ class SharedPrefixMixin:
         step.ranks.all_reduce([p for p, some in zip(trained, has) if some], average=True)
 
 
-# Strategies by name, since either namespace has its own; DeepSpeedStrategy is a DDPStrategy.
-_EXACT_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
-_REFUSED_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy")
-
-
 def _refuse_strategy(strategy: Any) -> None:
-    names = [base.__name__ for base in type(strategy).__mro__]
-    known = [name for name in names if name in _EXACT_STRATEGIES + _REFUSED_STRATEGIES]
-    if not known or known[0] in _REFUSED_STRATEGIES:
-        raise ValueError(
-            "trainer.strategy: expected a single device, ddp or ModelParallelStrategy (FSDP2) for "
-            f"shared-prefix training, got {names[0]}"
-        )
+    refuse_strategy(strategy, "shared-prefix training")
     if getattr(strategy.model, "static_graph", False):
         raise ValueError(
             "trainer.strategy: expected DDP without static_graph, which counts a backward pass "
             "for each step, and the phases go backward several times"
         )
-    if known[0] == "ModelParallelStrategy" and strategy.device_mesh["tensor_parallel"].size() > 1:
+    mesh = getattr(strategy, "device_mesh", None)
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:
         raise ValueError("trainer.strategy: expected tensor_parallel_size = 1")

@@ -12,6 +12,7 @@ Source: arXiv 2406.16793, the partition principle; the authors' package matches 
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from torch import nn
@@ -94,6 +95,27 @@ def vector_names(model: nn.Module) -> set[str]:
         for key, _ in module.named_parameters(recurse=False)
         if storage[module, key].axis is None
     }
+
+
+def refuse_without_blocks(blocks: BlockMap, names: Iterable[str]) -> None:
+    """Passes if any of these parameters has blocks of several entries.
+
+    Args:
+        blocks: from `infer_blocks`.
+        names: of the parameters that are to be optimized.
+
+    Raises:
+        ValueError: every one of them is elementwise, or there is none.
+
+    Source: arXiv 2406.16793; without such a block Adam-mini is AdamW.
+    """
+    kinds = {blocks[name].layout.kind for name in names if name in blocks}
+    if kinds <= {"elementwise"}:
+        raise ValueError(
+            f"model: expected a matrix among its trainable parameters, found {len(kinds)} kind(s) "
+            "of blocks, all of single entries: Adam-mini would be AdamW; keep AdamW, or pass "
+            "blocks=infer_blocks(model) from before something flattened the parameters"
+        )
 
 
 def _entry(

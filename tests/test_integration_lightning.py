@@ -1,7 +1,6 @@
 import importlib.util
 import logging
 import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -14,7 +13,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 from torch.utils.data import DataLoader, TensorDataset
 from workers import lightning_ddp, lightning_regression
 
-from trimtab.integrations import lightning as integration
+from trimtab.integrations import lightning_callback as base
 from trimtab.integrations.lightning import AdamMiniCallback, LengthTriggeredLRCallback
 from trimtab.optim import AdamMini, BlockMap, LengthDetector, LengthTriggeredLR, infer_blocks
 
@@ -186,12 +185,28 @@ def test_swap_shares_the_group_dicts():
     assert trainer.optimizers[0].param_groups[0] is made[0].param_groups[0]
 
 
+def stepped(module):
+    optimizer = AdamW(module.parameters())
+    module.loss(torch.ones(2, 6)).backward()
+    optimizer.step()
+    return optimizer
+
+
+def frozen(module):
+    """Nothing but biases is trained."""
+    for layer in (module.net[0], module.net[2]):
+        layer.weight.requires_grad_(False)
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def test_swap_refuses_what_it_cannot_honour(caplog):
     foreign = torch.nn.Parameter(torch.ones(3))
     for configure, message in (
         (lambda m: AdamW(m.parameters(), amsgrad=True), "group 0 of AdamW uses amsgrad"),
         (lambda m: AdamMini(m.parameters()), "AdamMini already"),
         (lambda m: AdamW([*m.parameters(), foreign]), r"not in the module, shapes \[\(3,\)\]"),
+        (lambda m: stepped(m), r"AdamW before its first step, found one with state of 4 param"),
+        (lambda m: AdamW(frozen(m)), r"expected a matrix among its trainable parameters"),
     ):
         with pytest.raises(ValueError, match=message):
             fit(lightning_regression(configure), AdamMiniCallback(), epochs=1)
@@ -336,7 +351,7 @@ def test_accumulated_gradients_count_optimizer_steps():
 
 def test_a_missing_metric_is_logged_once(caplog):
     callback = LengthTriggeredLRCallback("response_length", **EARLY)
-    with caplog.at_level(logging.WARNING, logger="trimtab.integrations.lightning"):
+    with caplog.at_level(logging.WARNING, logger="trimtab.integrations.lightning_rate"):
         fit(lightning_regression(sgd_with(linear)), callback, epochs=2)
     records = [r for r in caplog.records if "response_length" in r.getMessage()]
     assert len(records) == 1 and "mean_length" in records[0].getMessage()
@@ -349,26 +364,32 @@ def test_truncated_responses_reach_the_detector():
     assert callback.detector.triggered_at == 3
 
 
-def test_a_step_that_raised_does_not_scale_twice():
-    parameter = torch.nn.Parameter(torch.ones(1))
-    callback = LengthTriggeredLRCallback(**EARLY)
-    for step, length in ((0, 1.0), (1, 1.0), (5, 9.0)):
-        callback.detector.observe(length, step=step)
-    callback._step = 14
-    for lr in (0.5, torch.tensor(0.5)):
-        optimizer = SGD([parameter], lr=lr)
-        trainer = type("Trainer", (), {"optimizers": [optimizer]})
-        callback.on_train_start(trainer, None)
+def test_joint_triggers_wait_for_the_other_numbers():
+    class Module(type(lightning_regression(sgd_with(linear), surge_at=5))):
+        def training_step(self, batch, index):
+            self.log("kl", 0.5 if self.seen >= 8 else 0.1)
+            return super().training_step(batch, index)
 
-        def closure(group=optimizer.param_groups[0]):
-            raise RuntimeError(f"lr is {float(group['lr'])}")
+    callback = LengthTriggeredLRCallback(joint={"mismatch": 2.0}, mismatch_metric="kl", **EARLY)
+    fit(Module(), callback, epochs=3)
+    assert callback.detector.triggered_at == 8
+    for options in ({"joint": {"mismatch": 2.0}}, {"mismatch_metric": "kl"}):
+        with pytest.raises(ValueError, match=r"mismatch_metric: expected"):
+            LengthTriggeredLRCallback(**options)
 
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"lr is 0\.25"):
-                optimizer.step(closure)
-        callback.on_exception(trainer, None, RuntimeError())
-        assert float(optimizer.param_groups[0]["lr"]) == 0.5
-        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+def test_an_exception_takes_the_hooks_off():
+    class Module(type(lightning_regression(sgd_with(linear)))):
+        def training_step(self, batch, index):
+            if index == 2:
+                raise RuntimeError("out of data")
+            return super().training_step(batch, index)
+
+    module = Module()
+    with pytest.raises(RuntimeError, match="out of data"):
+        fit(module, LengthTriggeredLRCallback(**EARLY))
+    (optimizer,) = module.trainer.optimizers
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("make", [AdamMiniCallback, LengthTriggeredLRCallback])
@@ -396,26 +417,25 @@ def test_bad_arguments_are_named():
         fit(lightning_regression(sgd_with(linear)), AdamMiniCallback("row"), epochs=1)
 
 
-def load_with(monkeypatch, **modules):
-    """The integration, imported again where these modules are all that there is of Lightning."""
+@pytest.mark.parametrize("first", ["pytorch_lightning", "lightning.pytorch", None])
+def test_it_takes_the_namespace_that_the_program_has(first, monkeypatch):
+    """Imported again where only `first` has been imported, or can be."""
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
-        monkeypatch.setitem(sys.modules, name, modules.get(name.replace(".", "_")))
-    spec = importlib.util.spec_from_file_location(
-        "trimtab.integrations.again", Path(integration.__file__)
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_either_namespace_serves(monkeypatch):
-    fake = type(sys)("lightning.pytorch")
-    fake.Callback = type("Callback", (), {})
-    both = dict(lightning=type(sys)("lightning"), lightning_pytorch=fake, pytorch_lightning=pl)
-    assert issubclass(load_with(monkeypatch, **both).AdamMiniCallback, fake.Callback)
-    assert issubclass(load_with(monkeypatch, pytorch_lightning=pl).AdamMiniCallback, pl.Callback)
-    with pytest.raises(ImportError, match=r"needs `lightning` or `pytorch-lightning`"):
-        load_with(monkeypatch)
+        if first is None:
+            monkeypatch.setitem(sys.modules, name, None)  # not installed
+        elif first not in (name, f"{name}.pytorch"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+    spec = importlib.util.spec_from_file_location("trimtab.integrations.again", base.__file__)
+    again = importlib.util.module_from_spec(spec)
+    if first is None:
+        with pytest.raises(ImportError, match=r"needs `lightning` or `pytorch-lightning`"):
+            spec.loader.exec_module(again)
+        return
+    spec.loader.exec_module(again)
+    assert again.Callback is importlib.import_module(first).Callback
+    monkeypatch.setattr(importlib.import_module(first), "__version__", "2.4.1")
+    with pytest.raises(ImportError, match=r"expected a version from 2.6 on and below 3, found 2.4"):
+        spec.loader.exec_module(again)
 
 
 def test_two_processes_decide_together(tmp_path):
@@ -427,11 +447,12 @@ def test_two_processes_decide_together(tmp_path):
     for p, q in zip(first["parameters"], second["parameters"], strict=True):
         assert torch.equal(p, q)
     assert first["moment_shapes"] == [(8,), (8,), (2,), (2,)]
+    assert "found ZeroRedundancyOptimizer, which is cut over ranks already" in first["refused"]
 
 
-# Edits to integrations/lightning.py that must turn this file red:
-#   1. on_fit_start: do not rebind schedulers (wrong lr after resume)
+# Edits to integrations/lightning_*.py that must turn this file red:
+#   1. AdamMiniCallback.on_fit_start: do not rebind schedulers (wrong lr after resume)
 #   2. _rebind: do not descend into nested schedulers
-#   3. LengthTriggeredLRCallback.on_train_start: no post hook
-#   4. _mean_over_ranks: return value without the reduction
+#   3. LengthTriggeredLRCallback.on_train_start: do not attach
+#   4. mean_over_ranks: return the values without the reduction
 #   5. LengthTriggeredLRCallback.state_dict: return {}

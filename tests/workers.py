@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_only
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from trimtab.stability import aggregation_weights, apply_weights, mismatch_report
 
@@ -207,23 +208,23 @@ def lightning_ddp(rank, folder):
         lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), surge_at=5, short=rank == 1
     )
     callback = LengthTriggeredLRCallback(warmup=2, ratio=2.0, smoothing=0.0)
-    trainer = pl.Trainer(
-        max_epochs=6,
-        strategy="ddp",
-        accelerator="cpu",
-        devices=2,
-        callbacks=[callback, AdamMiniCallback()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = dict(max_epochs=6, strategy="ddp", accelerator="cpu", devices=2)
+    options |= dict.fromkeys(quiet, False)
+    trainer = pl.Trainer(**options, callbacks=[callback, AdamMiniCallback()])
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=8)
     trainer.fit(module, data)
     (optimizer,) = trainer.optimizers
     parameters = list(module.parameters())
+    zero = ZeroRedundancyOptimizer
+    module = lightning_regression(lambda m: zero(m.parameters(), torch.optim.AdamW, lr=1e-2))
+    try:
+        pl.Trainer(**options, callbacks=[AdamMiniCallback()]).fit(module, data)
+    except ValueError as error:
+        refused = str(error)
     result = {
+        "refused": refused,
         "detector": callback.state_dict(),
         "factor": callback.factor,
         "optimizer": type(optimizer).__name__,

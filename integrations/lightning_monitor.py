@@ -1,0 +1,237 @@
+"""Stability monitors in a Lightning Trainer: alarms, an early stop, the way back.
+
+    StabilityMonitorCallback(
+        [GradientNormMonitor(), ClipEntropyMonitor()], on_alarm="roll_back", patience=3
+    )
+
+The norm of the gradient is measured here; the other numbers come from the module, which logs them
+under the monitors' names: `self.log_dict(clip_metrics(...) | entropy_metrics(...))`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from ..stability import StabilityWatch, Verdict
+from ..stability.readings import Monitor
+from .lightning_callback import Callback, mean_over_ranks, refuse_second, refuse_strategy
+
+_logger = logging.getLogger(__name__)
+
+OnAlarm = Literal["log", "stop", "roll_back"]
+
+
+class StabilityMonitorCallback(Callback):
+    """Judges every optimizer step by monitors, logs what they find, and acts when it is too much.
+
+    Their numbers are read from `trainer.callback_metrics` at the end of each batch with a step, as
+    means over the processes, so that all of them act alike; `grad_norm`, before clipping, is
+    measured unless `names` says where it is. Logged are what monitors derive (`entropy/relative`,
+    ...), `grad_norm`, `stability/state` (0 healthy, 1 watch, 2 alarm) and `stability/rollbacks`.
+
+    "roll_back" writes a checkpoint after the first healthy step and then every `healthy_every`
+    healthy ones, keeping the last, and goes back to it: weights, optimizers, schedulers, the scaler
+    and the monitors are as they were, while data, `global_step` and other callbacks go on, so that
+    other batches follow. It stops instead where there is no checkpoint yet, and after
+    `max_rollbacks` without a new one in between.
+
+    Args:
+        monitors: of trimtab.stability, one of a class.
+        on_alarm: "log" only, "stop" the fit (as EarlyStopping does), or "roll_back".
+        patience: steps in alarm, without a break, after which to act; at least 1.
+        names: what the module logs a monitor's number as, see StabilityWatch.
+        healthy_every: steps, at least 1.
+        dirpath: folder of the healthy checkpoint; None: "healthy" in the Trainer's root folder.
+        max_rollbacks: at least 1.
+        prog_bar: show `stability/state` in the progress bar.
+
+    Attributes:
+        verdict: of the last step; None before the first.
+        rollbacks: since the last healthy checkpoint.
+
+    Raises:
+        ValueError: an argument out of range; on setup, a second such callback, or "roll_back" with
+            a strategy other than a single device, DDP and FSDP2.
+
+    Source: practice; each monitor names its own.
+    """
+
+    def __init__(
+        self,
+        monitors: Sequence[Monitor],
+        *,
+        on_alarm: OnAlarm = "log",
+        patience: int = 1,
+        names: Mapping[str, str] | None = None,
+        healthy_every: int = 100,
+        dirpath: str | Path | None = None,
+        max_rollbacks: int = 3,
+        prog_bar: bool = True,
+    ) -> None:
+        self.watch = StabilityWatch(monitors, patience=patience, names=names)
+        if on_alarm not in get_args(OnAlarm):
+            raise ValueError(f"on_alarm: expected one of {get_args(OnAlarm)}, found {on_alarm!r}")
+        for name, value in (("healthy_every", healthy_every), ("max_rollbacks", max_rollbacks)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, found {value}")
+        self._measures = "grad_norm" in self.watch.inputs and "grad_norm" not in (names or {})
+        self.on_alarm = on_alarm
+        self.healthy_every = healthy_every
+        self.dirpath = dirpath
+        self.max_rollbacks = max_rollbacks
+        self.prog_bar = prog_bar
+        self.verdict: Verdict | None = None
+        self.rollbacks = 0
+        self._healthy: Path | None = None
+        self._healthy_steps = 0
+        self._last_step = 0
+        self._squared_norm: float | None = None
+        self._missing_said = False
+
+    @property
+    def state_key(self) -> str:
+        return "trimtab.StabilityMonitor"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        refuse_second(self, trainer)
+        if self.on_alarm == "roll_back":
+            refuse_strategy(trainer.strategy, 'on_alarm="roll_back"')
+        self._healthy, self._healthy_steps = None, 0  # those of an earlier fit
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._last_step, self._squared_norm = trainer.global_step, None
+        there = self._healthy is not None and self._healthy.exists()
+        if not trainer.strategy.broadcast(there):  # of a run that was resumed elsewhere
+            self._healthy = None
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        if self._measures:
+            self._squared_norm = (self._squared_norm or 0.0) + _squared_norm(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._last_step:
+            return  # gradients are being accumulated
+        self._last_step = trainer.global_step
+        numbers = self._numbers(trainer)
+        self.verdict = self.watch.judge(numbers)
+        if self.verdict.reading.state == "alarm":
+            _logger.warning("step %d: %s", trainer.global_step, self.verdict.reading.reason)
+        self._act(trainer, pl_module)
+        self._log(trainer, pl_module)
+
+    def _numbers(self, trainer: Any) -> dict[str, float]:
+        """What the monitors read, the same on every process."""
+        found = self.watch.select(trainer.callback_metrics)
+        if self._squared_norm is not None:
+            found["grad_norm"] = math.sqrt(self._squared_norm)
+            self._squared_norm = None
+        means = mean_over_ranks(trainer, [found.get(name) for name in self.watch.inputs])
+        numbers = dict(zip(self.watch.inputs, means, strict=True))
+        numbers = {name: value for name, value in numbers.items() if value is not None}
+        silent = [
+            type(m).__name__ for m in self.watch.monitors if not set(m.inputs) & numbers.keys()
+        ]
+        if silent and not self._missing_said:
+            self._missing_said = True
+            _logger.warning(
+                "%s found none of its numbers in trainer.callback_metrics (%s) and judges nothing: "
+                "log them in training_step, or say what they are called (names)",
+                ", ".join(silent),
+                ", ".join(trainer.callback_metrics) or "none",
+            )
+        return numbers
+
+    def _act(self, trainer: Any, pl_module: Any) -> None:
+        if self.on_alarm == "roll_back" and self.verdict.reading.state == "healthy":
+            self._healthy_steps += 1
+            # not before the first step: torch makes AdamW's state for an FSDP2 checkpoint by a step
+            # of its own, which counts
+            if self._healthy is None or self._healthy_steps % self.healthy_every == 0:
+                self._keep(trainer)
+                self.rollbacks = 0
+        if not self.verdict.tripped or self.on_alarm == "log":
+            return
+        reason = self.verdict.reading.reason
+        if self._healthy is not None and self.rollbacks < self.max_rollbacks:
+            _logger.warning("step %d: back to %s: %s", trainer.global_step, self._healthy, reason)
+            self._roll_back(trainer, pl_module)
+            return
+        _logger.warning(
+            "step %d: stopping after %d rollbacks: %s", trainer.global_step, self.rollbacks, reason
+        )
+        trainer.should_stop = True
+
+    def _keep(self, trainer: Any) -> None:
+        """Writes a healthy checkpoint, then removes the one before."""
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "healthy")
+        before, path = self._healthy, folder / f"step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        self._healthy = path
+        if before is not None and before != path:
+            trainer.strategy.remove_checkpoint(before)
+
+    def _roll_back(self, trainer: Any, pl_module: Any) -> None:
+        strategy, precision = trainer.strategy, trainer.precision_plugin
+        checkpoint = strategy.load_checkpoint(self._healthy)  # FSDP2: loads the state, too
+        pl_module.on_load_checkpoint(checkpoint)
+        strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+        strategy.load_optimizer_state_dict(checkpoint)
+        for config, state in zip(
+            trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True
+        ):
+            config.scheduler.load_state_dict(state)
+        scaler = checkpoint.get(type(precision).__qualname__)
+        if scaler is not None:
+            precision.load_state_dict(scaler)
+        self.watch.load_state_dict(checkpoint["callbacks"][self.state_key]["watch"])
+        self._healthy_steps = 0
+        self.rollbacks += 1
+
+    def _log(self, trainer: Any, pl_module: Any) -> None:
+        numbers = self.watch.finite(self.verdict)
+        pl_module.log("stability/state", numbers.pop("stability/state"), prog_bar=self.prog_bar)
+        if self.on_alarm == "roll_back":
+            numbers["stability/rollbacks"] = float(self.rollbacks)
+        pl_module.log_dict(
+            {
+                name: x
+                for name, x in numbers.items()
+                if name not in self.watch.inputs or (self._measures and name == "grad_norm")
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "watch": self.watch.state_dict(),
+            "rollbacks": self.rollbacks,
+            "healthy": None if self._healthy is None else str(self._healthy),
+            "healthy_steps": self._healthy_steps,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.watch.load_state_dict(state_dict["watch"])
+        self.rollbacks = state_dict["rollbacks"]
+        self._healthy = state_dict["healthy"] and Path(state_dict["healthy"])
+        self._healthy_steps = state_dict["healthy_steps"]
+
+
+def _squared_norm(optimizer: Optimizer) -> float:
+    """Of the gradients of an optimizer's parameters, over all shards of DTensors."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    kinds: dict[str, list[Tensor]] = {}
+    for gradient in gradients:
+        if gradient is not None:
+            kinds.setdefault(type(gradient).__name__, []).append(gradient)
+    norms = [get_total_norm(each) for each in kinds.values()]  # they do not mix in one call
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return sum(float(norm) ** 2 for norm in whole)
