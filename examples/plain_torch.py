@@ -20,11 +20,10 @@ steps = parser.parse_args().steps
 
 torch.manual_seed(0)
 VOCAB, PROMPTS, GROUP, LENGTH, END = 10, 16, 8, 5, 0
-config = LlamaConfig(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, eos_token_id=END, pad_token_id=END,
-)  # fmt: skip
-policy = LlamaForCausalLM(config)
+sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+policy = LlamaForCausalLM(
+    LlamaConfig(vocab_size=VOCAB, eos_token_id=END, pad_token_id=END, **sizes)
+)
 optimizer = AdamMini.for_model(policy, lr=2e-3)
 schedule = LengthTriggeredLR(optimizer, warmup=10, ratio=3.0, max_length=10 * LENGTH)
 watch = stability.StabilityWatch(

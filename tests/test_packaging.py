@@ -156,7 +156,8 @@ def test_wheel_holds_trimtab_only(built):
 def test_sdist_holds_what_its_tests_need(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")} <= names
+    for folder in ("tests", "examples"):
+        assert {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")} <= names
     assert {"LICENSE", "README.md", "pyproject.toml"} <= names
 
 
