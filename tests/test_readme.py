@@ -1,14 +1,11 @@
 """What README shows runs as it stands."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import make_policy, run
+from tiny_run import make_policy, run_here
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -21,9 +18,10 @@ SNIPPETS = ["plain-torch", "stability", "shared-prefix", "fused-head", "generate
 
 
 @pytest.mark.parametrize("code", PYTHON[:-1], ids=SNIPPETS)
-def test_python_snippets_run(code, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # as a user has it
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, timeout=240)
+def test_python_snippets_run(code, tmp_path, monkeypatch):
+    """In this process: to import everything takes longer than all of them."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_own_prompts_and_reward_train(tmp_path):
@@ -35,7 +33,7 @@ def test_own_prompts_and_reward_train(tmp_path):
     recipe["policy"]["path"] = "policy"
     (tmp_path / "my_run.yaml").write_text(yaml.safe_dump(recipe))
     small = ["--updates", "2", "--evaluation.problems", "2", "--threads", "1"]
-    output = run(["--config", "my_run.yaml", "--run_dir", "out", *small], tmp_path)
+    output = run_here(["--config", "my_run.yaml", "--run_dir", "out", *small], tmp_path)
     assert "run folder: out" in output
 
 
