@@ -33,8 +33,9 @@ class StabilityMonitorCallback(Callback):
     """Judges every optimizer step by monitors, logs what they find, and acts when it is too much.
 
     Their numbers are read from `trainer.callback_metrics` at the end of each batch with a step, as
-    means over the processes, so that all of them act alike; `grad_norm`, before clipping, is
-    measured unless `names` says where it is. Logged are what monitors derive (`entropy/relative`,
+    means over the processes, so that all of them act alike; `grad_norm` is measured unless `names`
+    says where it is: before clipping, over all optimizers, of several steps in a batch the largest.
+    Logged are what monitors derive (`entropy/relative`,
     ...), `grad_norm`, `stability/state` (0 healthy, 1 watch, 2 alarm) and `stability/rollbacks`.
 
     "roll_back" writes a checkpoint after the first healthy step and then every `healthy_every`
@@ -93,7 +94,7 @@ class StabilityMonitorCallback(Callback):
         self._healthy: Path | None = None
         self._healthy_steps = 0
         self._last_step = 0
-        self._squared_norm: float | None = None
+        self._squared_norms: dict[int, float] = {}  # by optimizer, since the last batch's end
         self._missing_said = False
 
     @property
@@ -107,14 +108,16 @@ class StabilityMonitorCallback(Callback):
         self._healthy, self._healthy_steps = None, 0  # those of an earlier fit
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._last_step, self._squared_norm = trainer.global_step, None
+        self._last_step, self._squared_norms = trainer.global_step, {}
         there = self._healthy is not None and self._healthy.exists()
         if not trainer.strategy.broadcast(there):  # of a run that was resumed elsewhere
             self._healthy = None
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         if self._measures:
-            self._squared_norm = (self._squared_norm or 0.0) + _squared_norm(optimizer)
+            before = self._squared_norms.get(id(optimizer), 0.0)
+            now = _squared_norm(optimizer)
+            self._squared_norms[id(optimizer)] = now if now > before or math.isnan(now) else before
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -132,9 +135,9 @@ class StabilityMonitorCallback(Callback):
     def _numbers(self, trainer: Any) -> dict[str, float]:
         """What the monitors read, the same on every process."""
         found = self.watch.select(trainer.callback_metrics)
-        if self._squared_norm is not None:
-            found["grad_norm"] = math.sqrt(self._squared_norm)
-            self._squared_norm = None
+        if self._squared_norms:
+            found["grad_norm"] = math.sqrt(sum(self._squared_norms.values()))
+            self._squared_norms = {}
         means = mean_over_ranks(trainer, [found.get(name) for name in self.watch.inputs])
         numbers = dict(zip(self.watch.inputs, means, strict=True))
         numbers = {name: value for name, value in numbers.items() if value is not None}
@@ -234,4 +237,4 @@ def _squared_norm(optimizer: Optimizer) -> float:
             kinds.setdefault(type(gradient).__name__, []).append(gradient)
     norms = [get_total_norm(each) for each in kinds.values()]  # they do not mix in one call
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return sum(float(norm) ** 2 for norm in whole)
+    return sum(float(norm * norm) for norm in whole)

@@ -123,6 +123,35 @@ def test_numbers_of_the_module_are_judged_once_a_step():
     assert trainer.should_stop and trainer.current_epoch < 3
 
 
+def test_two_optimizers_and_several_steps_in_a_batch():
+    class Manual(type(regression())):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            for optimizer in self.optimizers():
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    self.manual_backward((self.net(batch[0]) ** 2).mean())
+                    optimizer.step()
+
+        def configure_optimizers(self):
+            return [
+                torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net[0], self.net[2])
+            ]
+
+        def on_before_optimizer_step(self, optimizer):
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            self.norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+    module = Manual()
+    monitor = StabilityMonitorCallback([GradientNormMonitor()])
+    fit(module, monitor, epochs=1)
+    largest = [max(module.norms[-6:-3]), max(module.norms[-3:])]
+    assert monitor.verdict.reading.metrics["grad_norm"] == pytest.approx(math.hypot(*largest))
+
+
 def test_it_stops_after_too_many_rollbacks(tmp_path, caplog):
     module = regression(poison=range(4, 99))
     monitor = callbacks_in(tmp_path, max_rollbacks=2, patience=2)[2]
