@@ -1,8 +1,22 @@
 """Megatron-core: what a training script on it imports; each part is in a file of its own.
 
-step = MegatronSharedPrefix(model)    megatron_prefix.py: each prompt computed once
+policy_loss_function(model, labels, mask, loss)    megatron_loss.py: for forward_step
+length_triggered(scheduler)                        megatron_rate.py: OptimizerParamScheduler
+MegatronMonitors(config, watch)                    megatron_monitors.py: one verdict on all ranks
+step = MegatronSharedPrefix(model)                 megatron_prefix.py: each prompt computed once
+
+Tried with megatron-core 0.16.1; other versions than 0.16 to 0.19 are refused.
 """
 
+from .megatron_loss import policy_loss_function
+from .megatron_monitors import MegatronMonitors
 from .megatron_prefix import MegatronSharedPrefix
+from .megatron_rate import LengthTriggeredParamScheduler, length_triggered
 
-__all__ = ["MegatronSharedPrefix"]
+__all__ = [
+    "LengthTriggeredParamScheduler",
+    "MegatronMonitors",
+    "MegatronSharedPrefix",
+    "length_triggered",
+    "policy_loss_function",
+]

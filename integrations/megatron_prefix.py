@@ -29,13 +29,11 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
@@ -54,6 +52,7 @@ from ..rl.prefix_waves import (
 )
 from ..triton_kernels.prefix_attention import Packing
 from ..triton_kernels.token_stats import token_stats
+from .megatron_model import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +177,7 @@ class MegatronSharedPrefix:
         check_options(prefix_memory, wave_tokens, accum_dtype, min_bound, "never", "logits")
         if prefix_memory != "recompute":
             raise ValueError(f"prefix_memory: expected 'recompute', got {prefix_memory!r}")
-        self.model, self.gpt = _unwrapped(model)
+        self.model, self.gpt = unwrapped(model)
         _refuse_unsupported(self.gpt)
         self.wave_tokens, self.accum_dtype, self.min_bound = wave_tokens, accum_dtype, min_bound
         self.temperature, self.prune = temperature, prune
@@ -481,23 +480,6 @@ def _attributes(owner: object, **values: object) -> Iterator[None]:
         for name in values:
             del vars(owner)[name]
         vars(owner).update(before)
-
-
-def _unwrapped(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, GPTModel]:
-    """The model's one chunk, as it is called and without its wrappers."""
-    if isinstance(model, Sequence):
-        if len(model) != 1:
-            raise ValueError(f"model: expected one chunk (no virtual pipeline), got {len(model)}")
-        model = model[0]
-    inner = model
-    while isinstance(inner, DistributedDataParallel | Float16Module):
-        inner = inner.module
-    if not isinstance(inner, GPTModel):
-        raise ValueError(
-            "model: expected a GPTModel, alone or in Megatron's DistributedDataParallel or "
-            f"Float16Module, got {type(inner).__name__}"
-        )
-    return model, inner
 
 
 def _refuse_unsupported(gpt: GPTModel) -> None:
