@@ -112,7 +112,8 @@ class MegatronMonitors:
             group_ids: [B] of an integer dtype.
 
         Raises:
-            ValueError: other tensors are given than in the step's first micro-batch.
+            ValueError: other tensors are given than in the step's first micro-batch, or a shape
+                does not fit the mask.
         """
         if not torch.is_grad_enabled():
             return
@@ -129,6 +130,12 @@ class MegatronMonitors:
             "group_ids": group_ids,
         }
         found = {name: x.detach() for name, x in given.items() if x is not None}
+        for name, x in found.items():
+            if mask.ndim != 2 or x.shape not in (mask.shape, mask.shape[:1]):
+                raise ValueError(
+                    f"{name}: expected [B, T] of the mask {tuple(mask.shape)}, or [B], got "
+                    f"{tuple(x.shape)}"
+                )
         if self._records and found.keys() != self._records[0].keys():
             raise ValueError(
                 f"record: expected the tensors of the step's first micro-batch, "

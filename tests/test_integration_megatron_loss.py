@@ -1,0 +1,50 @@
+"""Megatron's policy loss and monitors over ranks; the checks are in megatron_loss_workers.py.
+
+All checks run in processes that are started once; a test is one check in one world of tensor (tp),
+pipeline (pp) and data (dp) parallel ranks. The processes are Megatron's: it sees a CPU as a GPU.
+"""
+
+import megatron_loss_workers as workers
+import pytest
+from megatron_prefix_workers import check_id
+from processes import run_ranks
+
+
+def ids(worlds):
+    return [check_id(world, check) for world, checks in worlds for check in checks]
+
+
+def outcome(tmp_path_factory, worlds):
+    """The names of the checks that passed, and what ended the run, if anything did."""
+    folder = tmp_path_factory.mktemp("megatron")
+    failure = ""
+    try:
+        processes = max(world[0] for world, _ in worlds)
+        run_ranks(workers.run, (str(folder), worlds), processes)
+    except Exception as error:
+        failure = str(error)
+    passed = folder / "passed"
+    return passed.read_text().split() if passed.exists() else [], failure
+
+
+@pytest.fixture(scope="module")
+def small_worlds(tmp_path_factory):
+    return outcome(tmp_path_factory, workers.CHECKS)
+
+
+@pytest.fixture(scope="module")
+def large_worlds(tmp_path_factory):
+    return outcome(tmp_path_factory, workers.SLOW)
+
+
+@pytest.mark.parametrize("check", ids(workers.CHECKS))
+def test_over_ranks(small_worlds, check):
+    passed, failure = small_worlds
+    assert check in passed, failure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ids(workers.SLOW))
+def test_over_more_ranks(large_worlds, check):
+    passed, failure = large_worlds
+    assert check in passed, failure
