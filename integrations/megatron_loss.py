@@ -127,10 +127,10 @@ class _PolicyLoss:
         if non_loss_data:
             return TokenStats(*(x if x is None else x.detach() for x in stats))
         value, numbers = _value_and_numbers(self.loss(stats))
-        # copies: the schedule divides what it gets in place, and may free it
-        logged = {"loss": value.detach().clone()} | {
-            name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in numbers.items()
+        logged = {"loss": value.detach()} | {
+            name: x.detach() if isinstance(x, Tensor) else x for name, x in numbers.items()
         }
+        # another tensor than what is logged: the schedule divides it in place, and may free it
         scaled = value * self.scale
         if not self.gpt.config.calculate_per_token_loss:
             return scaled, logged

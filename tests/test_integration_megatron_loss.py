@@ -48,3 +48,19 @@ def test_over_ranks(small_worlds, check):
 def test_over_more_ranks(large_worlds, check):
     passed, failure = large_worlds
     assert check in passed, failure
+
+
+# Edits to integrations/megatron_loss.py that must turn this file red:
+#   scaled = value * self.scale                        ->  scaled = value
+#   (model.dp_cp_group.size() if averaged else 1)      ->  1
+#   if self.count_tokens else self.mask.new_zeros(())  ->  removed
+#   "loss": value.detach()                             ->  "loss": scaled.detach()
+#   (0 if group is None else tp.rank() * width)        ->  0
+#   output[..., :kept] if kept < width else output     ->  output   (padding counts)
+#   group = tp if width < whole else None              ->  None
+# and to integrations/megatron_monitors.py:
+#   (pp, pp.size() - 1),                               ->  removed  (the first stage has no numbers)
+#   process_group=dp of clip_metrics                   ->  None
+#   if not torch.is_grad_enabled()                     ->  if False (evaluation counts)
+#   found = [str(error)]                               ->  raise    (the other stage waits)
+#   pad(x, (0, width - x.shape[1]))                    ->  x
