@@ -5,7 +5,7 @@ length_triggered(scheduler)                        megatron_rate.py: OptimizerPa
 MegatronMonitors(config, watch)                    megatron_monitors.py: one verdict on all ranks
 step = MegatronSharedPrefix(model)                 megatron_prefix.py: each prompt computed once
 
-Tried with megatron-core 0.16.1; other versions than 0.16 to 0.19 are refused.
+Tried with megatron-core 0.16.1 and 0.19.2; versions outside of 0.16 to 0.19 are refused.
 """
 
 from .megatron_loss import policy_loss_function
