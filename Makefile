@@ -7,8 +7,13 @@ READY := $(VENV)/.ready
 
 # The peers' own requirements would replace transformers; these packages are what the tests' calls need.
 PEERS := .cache/peers
+# hydra 1.3 was built against antlr 4.9
 VERL := verl==0.9.1 tensordict==0.10.0 omegaconf ray codetiming cloudpickle pyvers orjson msgpack \
-	jsonschema jsonschema-specifications referencing rpds-py requests charset-normalizer urllib3 certifi
+	jsonschema jsonschema-specifications referencing rpds-py requests charset-normalizer urllib3 certifi \
+	hydra-core antlr4-python3-runtime==4.9.3 torchdata cachetools fastapi starlette pydantic pydantic-core \
+	typing-inspection annotated-types annotated-doc anyio sniffio h11 click uvicorn opentelemetry-api \
+	opentelemetry-sdk opentelemetry-semantic-conventions opentelemetry-exporter-prometheus \
+	opentelemetry-proto prometheus_client protobuf
 
 .PHONY: demo test test-slow test-verl lint clean
 
@@ -26,7 +31,7 @@ test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-verl: $(PEERS)/verl/site-packages
-	@PYTHONPATH=$< $(BIN)/python -m pytest tests/test_parity_verl_*.py $(ARGS)
+	@PYTHONPATH=$< $(BIN)/python -m pytest tests/test_parity_verl_*.py tests/test_integration_verl*.py $(ARGS)
 
 # dill pickles by value what is in a folder of another name
 $(PEERS)/verl/site-packages: PACKAGES = $(VERL)

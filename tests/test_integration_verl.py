@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import verl_workers
-from processes import run_ranks
 from tiny_models import causal_lm
+from torch.multiprocessing import start_processes
 from verl_cases import batch, close, configs, core
 
 import trimtab.stability as ours
@@ -364,17 +364,19 @@ def test_engine_over_two_ranks(tmp_path):
     ids, attention, mask, advantages = verl_workers.batch()
     with torch.no_grad():
         logp = verl_workers.response_logp(model, ids, attention)
-    old = logp + 0.2 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2))
-    run_ranks(verl_workers.run, (str(tmp_path), old), verl_workers.RANKS)
+    old = logp + 0.4 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2))
+    # not from the server of processes.py, which has imported everything but verl
+    start_processes(
+        verl_workers.run, (str(tmp_path), old), verl_workers.RANKS, start_method="spawn"
+    )
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=False) for r in range(2))
 
     settings = dict(verl_workers.OPTIMIZER)
     optimizer = ours_for(model, **settings)
+    rejected = 0
     for step in range(verl_workers.STEPS):
         logp = verl_workers.response_logp(model, ids, attention)
-        keep, _ = ours.trust_region_mask(
-            logp.detach() - old, mask.bool(), max_threshold=0.5, mean_threshold=0.1
-        )
+        keep, _ = ours.trust_region_mask(logp.detach() - old, mask.bool(), **verl_workers.TRUST)
         loss = ours.ratio_policy_loss(logp, old, advantages, mask=mask.bool())
         (loss * keep[:, None]).sum().div(mask.sum()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), verl_workers.CLIP)
@@ -386,8 +388,7 @@ def test_engine_over_two_ranks(tmp_path):
             assert seen["lr"] == pytest.approx(lr)
             assert seen["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
             assert norm > verl_workers.CLIP  # so that clipping shows
-        if step == 0:
-            assert 0 < keep.sum() < len(keep)
+        rejected += int((~keep).sum())
         optimizer.step()
         optimizer.zero_grad()
     for name, param in model.named_parameters():
@@ -395,7 +396,7 @@ def test_engine_over_two_ranks(tmp_path):
             torch.testing.assert_close(rank["parameters"][name], param.detach(), rtol=0, atol=1e-5)
     start = causal_lm("llama", attention="eager").state_dict()
     moved = [(p.detach() - start[n]).abs().max() for n, p in model.named_parameters()]
-    assert min(moved) > 1e-3
+    assert rejected and min(moved) > 5e-4
     assert "strategy=fsdp2" in first["refused"] and "found fsdp" in first["refused"]
 
 

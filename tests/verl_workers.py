@@ -14,7 +14,8 @@ from tiny_models import VOCAB
 
 RANKS, ROWS, PROMPT, RESPONSE = 2, 4, 3, 5
 STEPS, SAVED = 5, 3  # the engine of the last steps is another one, which loads
-LR, WARMUP, MIN_RATIO, CLIP = 2e-2, 2, 0.1, 0.05
+LR, WARMUP, MIN_RATIO, CLIP = 4e-4, 2, 0.1, 0.05
+TRUST = dict(max_threshold=0.3, mean_threshold=0.3)  # rejects some in the last steps
 OPTIMIZER = dict(lr=LR, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-6)
 
 
@@ -106,9 +107,7 @@ def actor():
 
     from trimtab.integrations.verl import TrustRegionPolicyLossConfig
 
-    loss = TrustRegionPolicyLossConfig(
-        loss_mode="trimtab_trust_region", max_threshold=0.5, mean_threshold=0.1
-    )
+    loss = TrustRegionPolicyLossConfig(loss_mode="trimtab_trust_region", **TRUST)
     return ActorConfig(strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, policy_loss=loss)
 
 
