@@ -11,7 +11,7 @@ PEERS := .cache/peers
 VERL := verl==0.9.1 tensordict==0.10.0 omegaconf ray codetiming cloudpickle pyvers orjson msgpack \
 	jsonschema jsonschema-specifications referencing rpds-py requests charset-normalizer urllib3 certifi \
 	hydra-core antlr4-python3-runtime==4.9.3 torchdata cachetools fastapi starlette pydantic pydantic-core \
-	typing-inspection annotated-types annotated-doc anyio sniffio h11 click uvicorn opentelemetry-api \
+	typing-inspection annotated-types annotated-doc anyio idna sniffio h11 click uvicorn opentelemetry-api \
 	opentelemetry-sdk opentelemetry-semantic-conventions opentelemetry-exporter-prometheus \
 	opentelemetry-proto prometheus_client protobuf
 

@@ -407,3 +407,14 @@ def scheduled(step):
         return w.LR * step / w.WARMUP
     progress = (step - w.WARMUP) / (w.STEPS - w.WARMUP)
     return w.LR * (w.MIN_RATIO + (1 - w.MIN_RATIO) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+# Edits that must turn this file red:
+#   verl_advantages.py: advantages * weights * mask.sum()    ->  advantages * weights
+#   verl_advantages.py: valid=mask.any(1)                    ->  removed   (verl's padding counts)
+#   verl_advantages.py: _token_baseline("model_token")       ->  _token_baseline("column")
+#   verl_losses.py: torch.where(keep[:, None], loss, 0)      ->  loss
+#   verl_losses.py: **config.global_batch_info               ->  removed   (each rank by itself)
+#   verl_losses.py: loss * torch.where(mask, rollout_is_weights, 0)  ->  loss
+#   verl_optimizer.py: (betas[0], betas[1])                  ->  (0.5, 0.9)
+#   verl_optimizer.py: isinstance(part, FullyShardedDataParallel)    ->  False
