@@ -160,7 +160,7 @@ def test_options_of_estimators():
 
 def actor(mode="token-mean", **options):
     section = plugin.TrustRegionPolicyLossConfig(
-        max_threshold=0.4, mean_threshold=0.05, max_log_ratio=0.3, mean_statistic="k2"
+        max_threshold=0.4, mean_threshold=0.2, max_log_ratio=0.3, mean_statistic="k2"
     )
     return configs.ActorConfig(
         strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, policy_loss=section,
@@ -170,9 +170,10 @@ def actor(mode="token-mean", **options):
 
 def trust_region(lp, b, a):
     keep, _ = ours.trust_region_mask(
-        lp.detach() - b.old, b.mask, max_threshold=0.4, mean_threshold=0.05, mean_statistic="k2"
+        lp.detach() - b.old, b.mask, max_threshold=0.4, mean_threshold=0.2, mean_statistic="k2"
     )
     assert 0 < keep.sum() < len(keep)  # there is something to see
+    assert ((lp.detach() - b.old).abs() > 0.3)[b.mask & keep[:, None]].any()
     return ours.ratio_policy_loss(lp, b.old, a, max_log_ratio=0.3) * keep[:, None]
 
 
@@ -228,7 +229,7 @@ RULES = {
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_policy_losses(name, mode):
     """Value and gradient of two ranks' micro-batches, with weights of rollout correction or not."""
-    b = batch(8, spread=0.4)
+    b = batch(12, spread=0.5)
     a = b.dense  # of no one sign in a response
     one_group = torch.zeros_like(b.ids)
     weights = ours.aggregation_weights(b.mask, one_group, b.outcome, **RULES[mode])
@@ -244,7 +245,7 @@ def test_policy_losses(name, mode):
 
 
 def test_metrics_of_losses_are_those_of_stability():
-    b = batch(8, spread=0.4)
+    b = batch(12, spread=0.5)
     arguments = dict(
         old_log_prob=b.old, log_prob=b.logp, advantages=b.dense, response_mask=b.ints,
         config=actor(),
@@ -260,7 +261,7 @@ def test_metrics_of_losses_are_those_of_stability():
 @pytest.mark.parametrize("name", ["rloo", "reinforce_pp_baseline"])
 def test_aggregation_from_the_driver(name, loss):
     """The estimator weighs, verl's token-mean over two ranks gives what the definition gives."""
-    b = batch(8, spread=0.4)
+    b = batch(12, spread=0.5)
     overrides = ["+algorithm.trimtab.aggregation=balanced", "algorithm.gamma=0.9", *ONE_STEP]
     advantages, returns = advantages_of_verl(b, f"trimtab_{name}", *overrides)
     plain = EXPECTED[name](b)
