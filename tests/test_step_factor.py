@@ -89,14 +89,15 @@ def test_a_step_that_raised_does_not_scale_twice():
         rate = StepFactor(lambda: 0.5)
         rate.attach([optimizer])
 
-        def closure(group=optimizer.param_groups[0]):
+        def closure(group=optimizer.param_groups[0], lr=lr):
+            assert not isinstance(lr, torch.Tensor) or group["lr"] is lr
             raise RuntimeError(f"lr is {float(group['lr'])}")
 
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"lr is 0\.25"):
                 optimizer.step(closure)
         rate.release()
-        assert float(optimizer.param_groups[0]["lr"]) == 0.5
+        assert optimizer.param_groups[0]["lr"] is lr and float(lr) == 0.5  # the same tensor
         assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 

@@ -91,6 +91,7 @@ def test_state_comes_back():
     state = json.loads(json.dumps(one.state_dict()))
     other = watch(patience=3)
     other.load_state_dict(state)
+    assert one.alarms == other.alarms == 1
     for norm in (9.0, math.inf, math.inf):
         numbers = {"grad_norm": norm, "entropy/mean": 0.3}
         assert one.judge(numbers) == other.judge(numbers)
