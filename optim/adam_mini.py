@@ -285,6 +285,8 @@ class AdamMini(Optimizer):
 
     def _place(self, param: Tensor) -> Place:
         if param not in self._places:  # of a copied optimizer, or put into the groups by a host
+            held = {p for group in self.param_groups for p in group["params"]}
+            self._places = {p: place for p, place in self._places.items() if p in held}
             for group in self.param_groups:  # all of them: numbers follow the order of the groups
                 if any(p not in self._places for p in group["params"]):
                     self._places.update(self._new_places(group))
@@ -293,6 +295,18 @@ class AdamMini(Optimizer):
                 f"param: expected a parameter of this optimizer, found {tuple(param.shape)}"
             )
         return self._places[param]
+
+    def forget_parameters(self) -> None:
+        """Lets go of the parameters that it was given, before a host replaces them by others.
+
+        Hosts that shard a model put the shards into the groups of an optimizer that is there
+        already (Accelerate under FSDP2). What this optimizer knew of the whole parameters would
+        keep them in memory. It learns of the new ones when it first needs to; names stay.
+
+        Source: arXiv 2406.16793, the update rule.
+        """
+        self._places.clear()
+        self.known_names = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

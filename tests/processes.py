@@ -18,6 +18,7 @@ _IMPORTED = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
     "transformers.models.llama.modeling_llama",
+    "transformers.trainer",
     "trimtab.optim",
     "trimtab.rl.cli",
     "trimtab.rl.loop",

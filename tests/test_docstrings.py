@@ -39,6 +39,7 @@ PUBLIC = {
         (trimtab.rl, trimtab.rl.__all__),
         (lightning, lightning.__all__),
         (megatron, megatron.__all__),
+        (transformers, transformers.__all__),
         *(
             (module, defined_in(module))
             for module in (
@@ -49,7 +50,6 @@ PUBLIC = {
                 prefix_attention,
                 soft_value,
                 token_stats,
-                transformers,
                 vllm,
             )
         ),

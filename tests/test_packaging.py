@@ -32,6 +32,7 @@ ALLOWED = {
         "rl.prefix_metrics",
         "rl.prefix_phases",
         "rl.prefix_waves",
+        "triton_kernels.gem",
         "triton_kernels.prefix_attention",
         "triton_kernels.token_stats",
     },
