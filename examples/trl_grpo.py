@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig
 
-from trimtab.integrations.transformers import adam_mini
+from trimtab.integrations.transformers import use_adam_mini
 from trimtab.integrations.trl import StabilityGRPOTrainer
 from trimtab.stability import ClipEntropyMonitor, GradientNormMonitor, StabilityWatch
 
@@ -62,7 +62,7 @@ def main():
         length_trigger={"warmup": 10},
         monitors=StabilityWatch([GradientNormMonitor(), ClipEntropyMonitor()], patience=3),
     )  # fmt: skip
-    trainer.optimizer_cls_and_kwargs = adam_mini(args)
+    use_adam_mini(trainer)
     trainer.train()
     for log in trainer.state.log_history:
         if "reward" in log and log["step"] % 5 == 1:
