@@ -47,16 +47,14 @@ def main():
         return gem(outputs, labels, num_items_in_batch)
 
     gem = gem_compute_loss(beta=0.7)  # <-
+    watching = StabilityMonitorCallback([GradientNormMonitor()], on_alarm="stop")  # <-
     trainer = Trainer(
         model,
         args,
         train_dataset=rows(512),
         optimizer_cls_and_kwargs=adam_mini(args),  # <-
         compute_loss_func=compute_loss,
-        callbacks=[
-            lengths,
-            StabilityMonitorCallback([GradientNormMonitor()], on_alarm="stop"),
-        ],  # <-
+        callbacks=[lengths, watching],
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -29,11 +29,25 @@ def test_plain_torch(monkeypatch, capsys):
     assert reward(first) < 0.15 and reward(last) > 0.3
 
 
+def test_transformers_trainer(monkeypatch, capsys, tmp_path):
+    folder = ("--folder", str(tmp_path))
+    run("transformers_trainer.py", "--steps", "30", *folder, monkeypatch=monkeypatch)
+    *_, first, last = [x for x in capsys.readouterr().out.splitlines() if x.startswith("{'step'")]
+    first, last = ast.literal_eval(first), ast.literal_eval(last)
+    assert last["step"] == 30 and last["loss"] < first["loss"] - 0.3
+    assert last["length_lr_factor"] == 1.0 and "stability/state" in last
+
+
+def test_trl_grpo(monkeypatch, capsys, tmp_path):
+    run("trl_grpo.py", "--steps", "21", "--folder", str(tmp_path), monkeypatch=monkeypatch)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    rewards = [float(line.split()[-1]) for line in lines]
+    assert rewards[0] < 0.25 and rewards[-1] > rewards[0] + 0.1
+
+
 def test_lightning_callbacks(monkeypatch, capsys, tmp_path):
-    run(
-        "lightning_callbacks.py", "--steps", "25", "--folder", str(tmp_path),
-        monkeypatch=monkeypatch,
-    )  # fmt: skip
+    folder = ("--folder", str(tmp_path))
+    run("lightning_callbacks.py", "--steps", "25", *folder, monkeypatch=monkeypatch)
     last = capsys.readouterr().out.splitlines()[-1]
     name, _, metrics = last.partition(" ")
     metrics = ast.literal_eval(metrics)
