@@ -23,7 +23,7 @@ def test_an_example_is_short_and_says_how_to_run_it(path):
 
 
 def test_plain_torch(monkeypatch, capsys):
-    run("plain_torch.py", "--steps", "25", monkeypatch=monkeypatch)
+    run("plain_torch.py", "--steps", "21", monkeypatch=monkeypatch)
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if "reward" in line]
     reward = lambda line: float(line.split("reward ")[1].split(",")[0])
     assert reward(first) < 0.15 and reward(last) > 0.3
