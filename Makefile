@@ -15,7 +15,9 @@ VERL := verl==0.9.1 tensordict==0.10.0 omegaconf ray codetiming cloudpickle pyve
 	opentelemetry-sdk opentelemetry-semantic-conventions opentelemetry-exporter-prometheus \
 	opentelemetry-proto prometheus_client protobuf
 
-.PHONY: demo test test-slow test-verl lint clean
+MEGATRON := megatron-core==0.19.2
+
+.PHONY: demo test test-slow test-verl test-megatron lint clean
 
 demo: $(READY)
 	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"
@@ -32,6 +34,16 @@ test-slow: $(READY)
 
 test-verl: $(PEERS)/verl/site-packages
 	@PYTHONPATH=$< $(BIN)/python -m pytest tests/test_parity_verl_*.py tests/test_integration_verl*.py $(ARGS)
+
+test-megatron: $(PEERS)/megatron/site-packages
+	@PYTHONPATH=$< $(BIN)/python -m pytest tests/test_integration_megatron*.py $(ARGS)
+
+# its metadata ask for Python 3.12, its code runs on 3.11, where `make test` has the last one that pip takes
+$(PEERS)/megatron/site-packages: Makefile | $(READY)
+	@echo "==> unpacking $(MEGATRON) into $@ (beside the environment, for its tests only)"
+	@rm -rf $(@D) && $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--only-binary=:all: --python-version 3.12 --dest $(@D) $(MEGATRON)
+	@$(BIN)/python -m zipfile -e $(@D)/*.whl $@ && touch $@
 
 # dill pickles by value what is in a folder of another name
 $(PEERS)/verl/site-packages: PACKAGES = $(VERL)

@@ -36,7 +36,7 @@ from .sharding import (
     on_other_megatron_ranks,
     second_moments,
 )
-from .update import Numbering, Update
+from .update import Elsewhere, Numbering, Update
 from .update import step as update_all
 
 
@@ -151,6 +151,7 @@ class AdamMini(Optimizer):
         # Of parameters that hosts may add without names, as Lightning does when it unfreezes some.
         self.known_names: dict[Tensor, str] = {}
         self._places: dict[Tensor, Place] = {}
+        self._elsewhere: list[Elsewhere] = []
         self._cache: dict[Any, Numbering] = {}
         defaults = {
             "lr": lr,
@@ -226,6 +227,52 @@ class AdamMini(Optimizer):
         optimizer.known_names = {param: name for name, param in model.named_parameters()}
         return optimizer
 
+    @classmethod
+    def for_groups(
+        cls,
+        groups: list[dict[str, Any]],
+        names: Mapping[Tensor, str],
+        *,
+        blocks: BlockMap,
+        shards: Mapping[Tensor, Shard] | None = None,
+        **options: Any,
+    ) -> "AdamMini":
+        """An AdamMini over the very groups of an optimizer that it replaces within a host.
+
+        Args:
+            groups: as that optimizer has them, with its hyper-parameters; they get those that
+                only AdamMini has. Parameters may be views, which are updated in place as leaves.
+            names: of the parameters, and of those in `shards` that this rank lacks.
+            blocks: by these names.
+            shards: where flat shards lie. Where ranks lack some of the parameters, every shard has
+                a number, and those of parameters cut over ranks are here on all of these ranks.
+            options: any other argument of AdamMini; `fused` and `foreach` replace what groups have.
+
+        Returns:
+            The optimizer, whose `param_groups` is `groups`.
+
+        Raises:
+            ValueError: as in AdamMini; the groups are then unchanged.
+        """
+        nothing = torch.zeros(0)  # torch refuses views as parameters
+        optimizer = cls([nothing], shards=shards, **options)
+        optimizer.blocks, optimizer.known_names = blocks, dict(names)
+        optimizer._places = {}
+        kernels = {name: options[name] for name in ("fused", "foreach") if name in options}
+        for group in groups:
+            check_hyperparameters({**optimizer.defaults, **group, **kernels})
+            optimizer._places.update(optimizer._new_places(group))
+        lacking = [p for p in shards or {} if p not in optimizer._places]
+        for param, place in optimizer._new_places({"params": lacking}).items():
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            optimizer._elsewhere.append(
+                Elsewhere(place.plan, param.device, dtype, place.asked, place.number)
+            )
+        for group in groups:
+            group.update({**optimizer.defaults, **group, **kernels})
+        optimizer.param_groups = groups
+        return optimizer
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as in every torch optimizer.
 
@@ -267,7 +314,7 @@ class AdamMini(Optimizer):
                 "stages or experts on other ranks, whose norms are not added up here; clip with "
                 "megatron.core.optimizer.clip_grads"
             )
-        return places_of(group, self.blocks, self.shards, len(self._places))
+        return places_of(group, self.blocks, self.shards, len(self._places), self.known_names)
 
     def layout(self, param: Tensor) -> BlockLayout:
         """The blocks of one of this optimizer's parameters.
@@ -342,6 +389,7 @@ class AdamMini(Optimizer):
             round_params=self.stochastic_rounding,
             max_grad_norm=self.max_grad_norm,
             error_if_nonfinite=self.error_if_nonfinite,
+            elsewhere=self._elsewhere,
         )
         everything = (part for _, mine in parts for part in mine)
         for update, (param, place, local, state) in zip(updates, everything, strict=True):
@@ -412,6 +460,17 @@ class AdamMini(Optimizer):
             "exp_avg_sq": second_moments(param, place.layout, v) if is_dtensor(param) else v,
         }
 
+    def init_state(self) -> None:
+        """Allocates the state that parameters lack, for hosts that load into it or save it early.
+
+        A step from it is the step that allocates it.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                place = self._place(param)
+                if not self.state.get(param) and not place.empty:
+                    self.state[param] = self._new_state(group, param, place)
+
     def _momentum_dtype(self, param: Tensor) -> torch.dtype:
         return self.momentum_dtype or torch.promote_types(param.dtype, torch.float32)
 
@@ -461,7 +520,7 @@ class AdamMini(Optimizer):
             updates.append(
                 Update(
                     place.plan, local.contiguous(), grad.contiguous(), exp_avg, exp_avg_sq,
-                    row, count, key, fused, foreach, present,
+                    row, count, key, fused, foreach, present, place.number,
                 )
             )  # fmt: skip
         return updates
@@ -614,6 +673,7 @@ class AdamMini(Optimizer):
         self.__dict__.setdefault("grad_norm", None)
         self.__dict__.setdefault("known_names", {})
         self.__dict__.setdefault("_places", {})
+        self.__dict__.setdefault("_elsewhere", [])
         self.__dict__.setdefault("_cache", {})
         for group in self.param_groups:  # saved by an earlier version
             for name in ("foreach", "fused"):

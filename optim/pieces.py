@@ -33,12 +33,15 @@ class Shard:
         flat: [start, stop) of the flattened whole tensor; None for a box.
         groups: (dim, process group) for every cut of a dim of a box; of a flat shard, dim is -1.
             Groups that hold copies are not named.
+        number: of the parameter in an order that all ranks share, where some ranks lack the
+            parameter (Megatron); None where all have the same ones in the same order.
     """
 
     shape: tuple[int, ...]
     box: tuple[Intervals, ...] | None = None
     flat: tuple[int, int] | None = None
     groups: tuple[tuple[int, Any], ...] = ()
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Plan:
     def spread(self, second_moments: Tensor) -> Tensor:
         """Gives every entry of a flat shard its second moment: [entries], a new tensor."""
         values = second_moments.reshape(-1)
-        return values.clone() if self.elementwise else values[self._entry_blocks(values.device)]
+        return values.clone() if self.elementwise else values[self.entry_blocks(values.device)]
 
     def gather(self, entries: Tensor) -> Tensor:
         """The inverse of `spread`: `state_shape`; 0 for blocks that the shard does not touch.
@@ -97,23 +100,26 @@ class Plan:
         """
         if self.elementwise:
             return entries.reshape(self.state_shape)
-        blocks = self._entry_blocks(entries.device)
+        blocks = self.entry_blocks(entries.device)
         found = entries.new_zeros(self.state_shape)
         found.view(-1).scatter_(0, blocks, entries.reshape(-1))
         if not torch.equal(found.view(-1)[blocks], entries.reshape(-1)):
             raise ValueError("entries: expected one number a block, found several")
         return found
 
-    def _entry_blocks(self, device: torch.device) -> Tensor:
+    def entry_blocks(self, device: torch.device) -> Tensor:
         """The second moment of every entry of a flat shard: [entries], int64."""
-        assert self.flat and self.blocks is not None
+        assert self.flat
         blocks, entries = self.blocks, []
+        if blocks is None:
+            blocks = torch.arange(sum(piece.n_units for piece in self.pieces))
         for piece in self.pieces:
             mine, blocks = blocks[: piece.n_units], blocks[piece.n_units :]
             if piece.kind == "row":
                 entries.append(mine.repeat_interleave(piece.shape[1]))
             else:
-                entries.append(mine.repeat(piece.shape[1]))
+                units = mine.view(piece.shape[0], 1, -1)
+                entries.append(units.expand(piece.shape).reshape(-1))
         return torch.cat([blocks, *entries]).to(device)
 
 
@@ -134,6 +140,8 @@ def make_plan(layout: BlockLayout, shard: Shard | None = None) -> Plan:
     """
     if shard is None:
         return _whole_plan(layout)
+    if shard.flat == (0, prod(layout.shape)) and not shard.groups:
+        return replace(_whole_plan(layout), flat=True)
     plan = _box_plan(layout, shard) if shard.flat is None else _flat_plan(layout, shard)
     pieces = tuple(piece for piece in plan.pieces if piece.n_entries)
     if plan.pieces and not pieces:

@@ -24,7 +24,7 @@ class Place:
     """One parameter's."""
 
     name: str
-    number: int  # among all parameters of the optimizer
+    number: int  # among all parameters of the optimizer, or its shard's
     layout: BlockLayout
     plan: Plan
     shape: torch.Size  # of the parameter
@@ -38,9 +38,12 @@ def places_of(
     blocks: BlockMap | Mapping[Tensor, BlockLayout] | None,
     shards: Mapping[Tensor, Shard] | None,
     first: int,
+    known_names: Mapping[Tensor, str],
 ) -> dict[Tensor, Place]:
     """The places of a group's parameters; the first gets number `first`."""
     names = group.get("param_names")
+    if names is None and all(param in known_names for param in group["params"]):
+        names = [known_names[param] for param in group["params"]]
     by_name = bool(blocks) and all(isinstance(key, str) for key in blocks)
     if by_name and names is None:
         raise ValueError(
@@ -73,11 +76,13 @@ def places_of(
             layout = entry if isinstance(entry, BlockLayout) else entry.layout
         layout.validate(name, whole)
         number = first + len(places)
+        if shard and shard.number is not None:
+            number = shard.number
         with torch.device("cpu"):  # whatever the default device is
             plan = make_plan(layout, shard)
-            group = None if shard else megatron_group(param)
-            if group is not None:
-                plan = cut_by_megatron(plan, layout, param, group)
+            cut = None if shard and shard.flat is None else megatron_group(param)
+            if cut is not None:
+                plan = cut_by_megatron(plan, layout, param, cut)
         places[param] = Place(
             name,
             number,
@@ -86,7 +91,7 @@ def places_of(
             param.shape,
             is_dtensor(param),
             empty=0 in layout.shape,
-            asked=plan.flat and bool(plan.groups),
+            asked=plan.flat and shard is not None and bool(shard.groups),
         )
     return places
 

@@ -169,13 +169,17 @@ def megatron_group(param: Tensor) -> Any:
 def cut_by_megatron(plan: Plan, layout: BlockLayout, param: Tensor, group: Any) -> Plan:
     """The plan of a local tensor whose blocks may go on on other tensor-parallel ranks.
 
-    Rows of a column-parallel weight are whole; those of a row-parallel one are cut.
+    Rows of a column-parallel weight are whole; those of a row-parallel one are cut. Of either the
+    plan may be of a flat shard: DistributedOptimizer slices what tensor parallelism has cut.
     """
     kept = {*range(layout.stacked), layout.unit_dim} if layout.kind in ("row", "column") else set()
+    groups = (*plan.groups, group)
     if layout.kind == "elementwise" or param.partition_dim in kept:  # type: ignore[attr-defined]
-        return replace(plan, groups=(group,))
+        return replace(plan, groups=groups)
     lengths = plan.lengths * group.size()  # Megatron cuts evenly
-    return replace(plan, lengths=lengths, reduce=(group,), groups=(group,), one_pass=False)
+    return replace(
+        plan, lengths=lengths, reduce=(*plan.reduce, group), groups=groups, one_pass=False
+    )
 
 
 def on_other_megatron_ranks(param: Tensor) -> bool:
@@ -280,14 +284,21 @@ def all_reduce_packed(parts: Sequence[tuple[tuple[Any, ...], Tensor]]) -> None:
     """Adds up tensors over process groups, in place: one all-reduce for each set of ranks.
 
     Args:
-        parts: (process groups, tensor) pairs, the same ones in the same order on every rank; a
-            tensor with several groups is added up over each of them.
+        parts: (process groups, tensor) pairs in the same order on every rank, which lacks none
+            that is cut over a group of its own; a tensor with several groups is added up over each
+            of them in turn.
     """
     dist = torch.distributed
     # Equal meshes have groups of their own, and DTensors may be given either.
     groups = dict.fromkeys(group for groups, _ in parts for group in groups)
     ranks = {group: tuple(dist.get_process_group_ranks(group)) for group in groups}
-    for one in dict.fromkeys(ranks.values()):
+    # The turn of a set of ranks: no rank may add up over the second group of a tensor before the
+    # others have over its first, though what it has may begin with a tensor of the second alone.
+    turns: dict[Any, int] = {}
+    for of_tensor, _ in parts:
+        for turn, group in enumerate(of_tensor):
+            turns[ranks[group]] = max(turn, turns.get(ranks[group], 0))
+    for one in sorted(turns, key=lambda one: (turns[one], one)):  # one order on all ranks
         same = {group for group in groups if ranks[group] == one}
         mine = [tensor for groups, tensor in parts if not same.isdisjoint(groups)]
         dtype = mine[0].dtype

@@ -8,6 +8,7 @@ few numbers a tensor, in plain PyTorch; then one streaming pass over parameter a
 
 import logging
 from collections.abc import Sequence
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class Update(NamedTuple):
         present: one number, 1, or 0 where this rank has no gradient but others may have one; it is
             added up over `plan.groups`, and where it stays 0 nothing is updated. None if a gradient
             is there.
+        number: sums are added up over ranks in this order; updates of one number in their own.
     """
 
     plan: Plan
@@ -63,6 +65,24 @@ class Update(NamedTuple):
     fused: bool | None = None
     foreach: bool | None = None
     present: Tensor | None = None
+    number: int = 0
+
+
+class Elsewhere(NamedTuple):
+    """A tensor that only other ranks update, whose sums this rank helps to add up.
+
+    plan: without pieces.
+    device: of the sums.
+    dtype: of the second moments.
+    asked: whether the others ask which ranks have a gradient.
+    number: as of an Update.
+    """
+
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype
+    asked: bool
+    number: int
 
 
 class Numbering:
@@ -208,15 +228,18 @@ def step(
     round_params: bool = False,
     max_grad_norm: float | None = None,
     error_if_nonfinite: bool = False,
+    elsewhere: Sequence[Elsewhere] = (),
 ) -> Tensor | None:
     """Updates every tensor, in place.
 
     Args:
-        updates: of any devices and dtypes; the same tensors in the same order on every rank.
+        updates: of any devices and dtypes; the same tensors in the same order on every rank, or
+            of ascending numbers that all ranks share.
         cache: kept by the caller from step to step.
         round_params: bf16 parameters are rounded stochastically.
         max_grad_norm: gradients are scaled so that their norm over all updates is at most this.
         error_if_nonfinite: refuse NaN or infinite gradients.
+        elsewhere: tensors that are cut over process groups of this rank, which has none of them.
 
     Returns:
         The norm of the gradients before clipping, fp32 or fp64, if one of the last two is given.
@@ -232,7 +255,7 @@ def step(
     ready, waiting = (_batches(some, cache, round_params) for some in (first, second))
     for batch in waiting:
         batch.sum_squares()
-    norm = _reduce(updates, waiting, with_norm=whole)
+    norm = _reduce(updates, waiting, elsewhere, with_norm=whole)
     for batch in waiting:
         batch.skip_absent()
     grad_scale = None
@@ -304,11 +327,15 @@ def _scatter_add(values: Tensor, index: Tensor, n: int) -> Tensor:
 
 
 def _reduce(
-    updates: Sequence[Update], batches: Sequence[Batch], *, with_norm: bool
+    updates: Sequence[Update],
+    batches: Sequence[Batch],
+    elsewhere: Sequence[Elsewhere],
+    *,
+    with_norm: bool,
 ) -> Tensor | None:
     """Adds up over process groups what they hold of the blocks, and of the norm if asked for it.
 
-    In the order of `updates`: ranks may batch them in different ways.
+    In the order of the numbers, then of `updates`: ranks may batch them in different ways.
 
     Returns:
         The norm of all gradients, or None.
@@ -322,8 +349,19 @@ def _reduce(
         if with_norm:
             for groups, square in batch.squares():
                 totals[groups] = square + totals[groups]
-    parts = [(u.plan.reduce, slots[id(u)]) for u in updates if u.plan.reduce]
-    parts += [(u.plan.groups, u.present) for u in updates if u.present is not None]
+    sums = [(u.number, u.plan.reduce, slots[id(u)]) for u in updates if u.plan.reduce]
+    flags = [(u.number, u.plan.groups, u.present) for u in updates if u.present is not None]
+    for e in elsewhere:
+        if e.plan.reduce:
+            nothing = torch.zeros(len(e.plan.lengths), dtype=e.dtype, device=e.device)
+            sums.append((e.number, e.plan.reduce, nothing))
+        if e.asked:
+            flags.append((e.number, e.plan.groups, torch.zeros((), device=e.device)))
+    parts = [
+        (groups, part)
+        for some in (sums, flags)
+        for _, groups, part in sorted(some, key=itemgetter(0))
+    ]
     if with_norm:
         parts += [(groups, total) for groups, total in totals.items() if groups]
     all_reduce_packed(parts)

@@ -61,13 +61,17 @@ EXPERTS = {
 
 
 class OnCpu(TorchFunctionMode):
-    """Megatron writes device="cuda"."""
+    """Megatron writes device="cuda", and asks tensors for the name of their type on a GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = "cpu"
-        return args[0] if func is torch.Tensor.cuda else func(*args, **kwargs)
+        if kwargs and str(kwargs.get("device")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        found = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(found, str):
+            return found.replace("torch.", "torch.cuda.", 1)
+        return found
 
 
 def megatron_on_cpu():
@@ -89,7 +93,7 @@ def megatron_on_cpu():
 # What is compared
 
 
-def make_model(*, position="rope", tied=False, dtype=torch.float64, **options):
+def make_model(*, position="rope", tied=False, dtype=torch.float64, vp_stage=None, **options):
     torch.manual_seed(0)
     settings = {
         "num_layers": 4,
@@ -125,8 +129,9 @@ def make_model(*, position="rope", tied=False, dtype=torch.float64, **options):
         max_sequence_length=64,
         position_embedding_type=position,
         share_embeddings_and_output_weights=tied,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(False, vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(False, vp_stage),
+        vp_stage=vp_stage,
     )
     return model.to(dtype)
 

@@ -43,7 +43,7 @@ from sharding_flat_checks import (
     check_gradients_that_some_ranks_lack,
     check_rounding,
 )
-from sharding_megatron_checks import check_megatron
+from sharding_megatron_checks import check_megatron, check_slices_of_megatron
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import fully_shard
@@ -353,7 +353,7 @@ CHECKS = [
             check_save,
         ],
     ),
-    (3, [*EVERYWHERE, check_presets, check_load, check_save]),
+    (3, [*EVERYWHERE, check_presets, check_slices_of_megatron, check_load, check_save]),
     (2, [check_load]),
     (
         4,
@@ -362,6 +362,7 @@ CHECKS = [
             check_hsdp,
             check_fsdp1_with_copies_of_shards,
             check_megatron,
+            check_slices_of_megatron,
             check_cut_of_two_dims,
             check_fsdp_over_tensor_parallelism,
         ],

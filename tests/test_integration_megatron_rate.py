@@ -3,13 +3,16 @@
 The parts of the reference are Megatron's scheduler on a twin optimizer and `LengthTriggeredLR`.
 """
 
+import importlib
 import json
 import logging
 
+import megatron.core
 import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from trimtab.integrations import megatron_model
 from trimtab.integrations._versions import require
 from trimtab.integrations.megatron import LengthTriggeredParamScheduler, length_triggered
 from trimtab.optim import LengthTriggeredLR
@@ -171,6 +174,12 @@ def test_bad_input_changes_nothing():
 @pytest.mark.parametrize("found", ["0.16", "0.16.1rc2", "0.19.2+cu12", "0.16.0"])
 def test_versions_of_the_range_pass(found):
     require("megatron-core", found, "0.16", "0.20")
+
+
+def test_the_integration_itself_asks(monkeypatch):
+    monkeypatch.setattr(megatron.core, "__version__", "0.20.0rc1")
+    with pytest.raises(ImportError, match=r"megatron-core: .* below 0.20, found 0.20.0rc1"):
+        importlib.reload(megatron_model)
 
 
 @pytest.mark.parametrize("found", ["0.15.9", "0.20.0", "1.0", "0.9"])

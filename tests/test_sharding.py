@@ -107,6 +107,7 @@ def test_names_of_wrapped_models():
 # Edits that must turn this file red:
 #   sharding.py: `_on_dim(p, 0)` in dtensor_shard            ->  `Shard(0)`, not split twice
 #   sharding.py: `ranks = {...}` in all_reduce_packed        ->  `{group: id(group) for ...}`
+#   sharding.py: `sorted(turns, ...)` in all_reduce_packed    ->  `turns`
 #   sharding.py: `kept = {...} | {...}` in moment_placements ->  without the stacked dims
 #   update.py: `parts += [(u.plan.groups, u.present) ...]`   ->  removed
 #   adam_mini.py: `cut_of(state[moment]) != cuts[moment]`    ->  `False`
