@@ -9,8 +9,11 @@ attention and schedule and PyTorch's log-softmax, in float64.
 import contextlib
 import gc
 import logging
+import runpy
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -88,6 +91,22 @@ def megatron_on_cpu():
     megatron_random._fork_rng = contextlib.nullcontext
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     return OnCpu()
+
+
+def megatron_example(rank, folder, path):
+    """An example of Megatron-core, tensor parallel over two ranks; their output goes to files."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    with (
+        megatron_on_cpu(),
+        mock.patch.object(sys, "argv", [path, "2"]),
+        mock.patch.object(dist, "init_process_group"),
+        open(f"{folder}/{rank}", "w") as output,
+        contextlib.redirect_stdout(output),
+    ):
+        runpy.run_path(path, run_name="__main__")
 
 
 # What is compared

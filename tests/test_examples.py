@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from megatron_prefix_workers import megatron_example
+from processes import run_ranks
 
 FOLDER = Path(__file__).parent.parent / "examples"
 
@@ -43,6 +45,14 @@ def test_trl_grpo(monkeypatch, capsys, tmp_path):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     rewards = [float(line.split()[-1]) for line in lines]
     assert rewards[0] < 0.25 and rewards[-1] > rewards[0] + 0.1
+
+
+def test_megatron_gpt(tmp_path):
+    """Tensor parallel over two processes, on a CPU."""
+    run_ranks(megatron_example, (str(tmp_path), str(FOLDER / "megatron_gpt.py")), 2)
+    losses = [float(x.split(",")[0]) for x in (tmp_path / "0").read_text().split("loss ")[1:]]
+    assert losses[0] > 3 and losses[-1] < 0.5
+    assert (tmp_path / "1").read_text() == ""
 
 
 def test_lightning_callbacks(monkeypatch, capsys, tmp_path):
