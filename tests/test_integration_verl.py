@@ -6,6 +6,7 @@ How to run it: tests/verl_cases.py. What it does without verl: test_integration_
 import copy
 import functools
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -408,6 +409,14 @@ def scheduled(step):
         return w.LR * step / w.WARMUP
     progress = (step - w.WARMUP) / (w.STEPS - w.WARMUP)
     return w.LR * (w.MIN_RATIO + (1 - w.MIN_RATIO) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def test_the_example_runs(capsys):
+    path = Path(__file__).parent.parent / "examples" / "verl_batch.py"
+    runpy.run_path(str(path), run_name="__main__")
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "advantages of responses: [-0.333, 1.0" in first
+    assert "actor/trust_region/kept_sequences" in second
 
 
 # Edits that must turn this file red:
