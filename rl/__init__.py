@@ -46,6 +46,7 @@ _HOMES = {
         "Sample",
         "Sampling",
     ),
+    "server_engine": ("VLLMServerEngine",),
     "tasks": ("JsonLinesTask", "Problem", "ReasoningGymTask", "Task"),
     "warmup": ("WarmupConfig", "warm_up"),
 }

@@ -21,11 +21,14 @@ import sys
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from .explain import explain
+
+if TYPE_CHECKING:
+    from .run import Run
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -51,6 +54,7 @@ FREE_ON_RESUME = (
     "updates",
     "run_dir",
     "record.",
+    "rollout.server",
     "trainer.max_",
     "trainer.enable_",
     "trainer.prof",
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         # Lightning starts the other ranks with this command line, in the directory this one is in
         # by then (see _go_to_where_it_started): relative paths mean what they meant here.
         os.chdir(os.environ.setdefault("TRIMTAB_CALLED_IN", os.getcwd()))
-    _quieten()
+    quieten()
     try:
         if arguments[:1] == ["report"]:
             _report(arguments[1:])
@@ -78,11 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
             length_trigger(arguments[1:])
             return
-        config, trainer_options, resume, text = parse(make_parser(), arguments)
-        from .run import Run
-
-        run = Run(config, trainer_options, resume, text)
-        run.prepare()
+        run = prepared(arguments)
     except ModuleNotFoundError as missing:
         if missing.name not in ("jsonargparse", "rich", "matplotlib", "tensorboard"):
             raise
@@ -90,6 +90,27 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ArgumentError, OSError) as error:  # OSError names the file it is about
         _refuse(error)
     run.train()  # from here on an error is ours, or the machine's: a traceback is what helps
+
+
+def prepared(arguments: list[str]) -> Run:
+    """The run that these arguments ask for, checked; nothing of it is written yet.
+
+    Args:
+        arguments: of the command line, without `report` and `length-trigger`.
+
+    Returns:
+        A Run whose `train` is next.
+
+    Raises:
+        ValueError, ArgumentError, OSError: what `main` ends with in one line.
+        ModuleNotFoundError: a package of the extra `rl` is missing.
+    """
+    config, trainer_options, resume, text = parse(make_parser(), arguments)
+    from .run import Run
+
+    run = Run(config, trainer_options, resume, text)
+    run.prepare()
+    return run
 
 
 def _report(arguments: list[str]) -> None:
@@ -281,7 +302,7 @@ def _refuse(error: Exception) -> NoReturn:
     raise SystemExit(2)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leaves on the terminal what a person needs; warnings of the libraries below stay in reach."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -45,10 +45,15 @@ class RolloutConfig:
         group_size: rollouts of each prompt.
         max_tokens: most tokens of a rollout.
         temperature: of sampling, > 0; the trainer's log-probs use the same.
-        dtype: of the engine's copy of the policy; float32 is the control without mismatch.
+        dtype: of the engine's copy of the policy; float32 is the control without mismatch. Servers
+            are sent weights in it, and compute in their own.
         quantize_bits: 8 or 4 rounds the copy's linear weights (weight-only); null does not.
+        servers: addresses of vLLM servers that make the rollouts, `[http://host:8000]`; [] makes
+            them in each process of the trainer. Started by VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
+            --logprobs-mode processed_logprobs, where the run's folder has the same path.
+        server_timeout: seconds a server has for an answer.
         reward_timeout: seconds one reward may take before its rollout is excluded.
-        max_rows: most rollouts decoded at a time.
+        max_rows: most rollouts decoded at a time, or asked of the servers, by each process.
     """
 
     prompts: int = 8
@@ -57,6 +62,8 @@ class RolloutConfig:
     temperature: float = 1.0
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantize_bits: Literal[4, 8] | None = None
+    servers: tuple[str, ...] = ()
+    server_timeout: float = 600.0
     reward_timeout: float = 10.0
     max_rows: int = 512
 
@@ -65,8 +72,15 @@ class RolloutConfig:
             value = getattr(self, name)
             _require(value >= 1, f"rollout.{name}", "a count >= 1", value)
         _require(self.temperature > 0, "rollout.temperature", "a number > 0", self.temperature)
-        seconds = self.reward_timeout
-        _require(seconds > 0, "rollout.reward_timeout", "seconds > 0", seconds)
+        for name in ("reward_timeout", "server_timeout"):
+            value = getattr(self, name)
+            _require(value > 0, f"rollout.{name}", "seconds > 0", value)
+        if self.servers:
+            bits = self.quantize_bits
+            expected = "null with rollout.servers, whose own options say it"
+            _require(bits is None, "rollout.quantize_bits", expected, bits)
+            value = self.temperature
+            _require(value >= 0.01, "rollout.temperature", "at least vLLM's least, 0.01", value)
 
 
 @dataclass(frozen=True)

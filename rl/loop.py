@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -47,7 +48,8 @@ from .ranks import (
     refuse_strategy,
     world_size,
 )
-from .rollout import refuse_engine
+from .rollout import RolloutEngine, refuse_engine
+from .server_engine import VLLMServerEngine
 from .sharding import (
     all_reduce_gradients,
     full_parameters,
@@ -94,7 +96,7 @@ class RLModule(pl.LightningModule):
         self.skipped_updates = 0
         self.last_groups: list[ScoredGroup] = []
         self.last_metrics: dict[str, float] = {}
-        self.engine: TransformersEngine | None = None
+        self.engine: RolloutEngine | None = None
         self.shared_prefix: SharedPrefix | None = None
         self.collector = Collector(config, task, tokenizer)
 
@@ -143,10 +145,11 @@ class RLModule(pl.LightningModule):
             shard_policy(self.policy, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
-        """Makes the engine's copy of the policy, on the policy's device."""
+        """Makes the engine; its copy of the policy, if it has one, is on the policy's device."""
         if self.engine is None:
             self.engine = self._make_engine()
-        self.engine.to(self.device)
+        if isinstance(self.engine, TransformersEngine):
+            self.engine.to(self.device)
         if self.config.update.route == "three_phase":
             self.shared_prefix = self._make_shared_prefix()
         needs_min_p = self.config.update.pruning is not None
@@ -216,8 +219,17 @@ class RLModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- the parts of an update
 
-    def _make_engine(self) -> TransformersEngine:
+    def _make_engine(self) -> RolloutEngine:
         rollout = self.config.rollout
+        if rollout.servers:
+            return VLLMServerEngine(
+                self.policy,
+                rollout.servers,
+                Path(self.trainer.default_root_dir) / "rollout-weights",
+                dtype=getattr(torch, rollout.dtype),
+                max_rows=rollout.max_rows,
+                timeout=rollout.server_timeout,
+            )
         return TransformersEngine(
             self.policy,
             dtype=getattr(torch, rollout.dtype),

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,22 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     yield unfinished
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
+
+
+class OnUpdate(Callback):
+    """Calls a function with each update's metrics, in every process.
+
+    Args:
+        function: of a dict by name; apart from the times all processes have the same.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Any]], object]) -> None:
+        self.function = function
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.function(module.last_metrics | {"update": module.updates_done})
 
 
 class MetricsWriter(Callback):

@@ -38,6 +38,7 @@ from .recording import (
     replaced_folder,
 )
 from .report import draw_report, print_table
+from .server_engine import check_servers
 from .sharding import full_parameters
 from .tasks import Task
 from .warmup import warm_up
@@ -62,6 +63,8 @@ class Run:
         self, config: RLConfig, trainer_options: dict[str, Any], resume: str | None, text: str
     ) -> None:
         self.config, self.text = config, text
+        if "RANK" in os.environ:  # Lightning read it as it was imported: before Ray has set it
+            rank_zero_only.rank = int(os.environ["RANK"])
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         if resume is not None:
@@ -105,6 +108,9 @@ class Run:
         policy, tokenizer = load_policy(config.policy, config.task)
         refuse_unsupported(policy)
         refuse_tokenizer(tokenizer, policy, config)
+        if config.rollout.servers:
+            size = policy.get_input_embeddings().num_embeddings
+            check_servers(config.rollout.servers, size, config.rollout.server_timeout)
         self.module = RLModule(config, policy, tokenizer, config.task)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
         if self.checkpoint is not None:

@@ -90,15 +90,19 @@ def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
     return path
 
 
-def start(arguments: list[str | Path], folder: Path) -> subprocess.Popen[str]:
+def start(
+    arguments: list[str | Path], folder: Path, module: str = "trimtab.rl"
+) -> subprocess.Popen[str]:
     """`python -m trimtab.rl` with these arguments, in `folder`; tests/ is importable."""
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)  # the CPU path is what a user without a GPU runs
     return subprocess.Popen(
-        [sys.executable, "-m", "trimtab.rl", *map(str, arguments)],
+        [sys.executable, "-m", module, *map(str, arguments)],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,

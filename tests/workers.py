@@ -9,7 +9,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.utilities import rank_zero_only
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from trimtab.stability import aggregation_weights, apply_weights, mismatch_report
@@ -260,9 +259,6 @@ def cli_runs(rank, folder, port, runs):
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="test",  # by it Lightning sees that the processes are there
     )
-    # Lightning read it when this module was imported, ahead of these variables: with 0 in both, the
-    # slower one found the run folder of the first run in use
-    rank_zero_only.rank = rank
     for arguments in runs:
         main(arguments)
     dist.destroy_process_group()

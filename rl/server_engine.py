@@ -1,0 +1,303 @@
+"""`VLLMServerEngine`: rollouts from vLLM servers, with machines and an environment of their own.
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --port 8000
+    trimtab-rl --config RECIPE --rollout.servers '[http://HOST:8000]'
+
+A client of HTTP: prompts go out as token ids, and token ids come back with the log-probs of the
+distribution that they were sampled from. New weights go through a folder that trainer and servers
+see under the same path: the first process writes a checkpoint, every server is paused, reads it and
+goes on. Each update's weights have a name of their own, which every answer is checked against, so a
+server that was restarted, or that another trainer has taken, ends the run instead of spoiling it.
+
+Of vLLM (0.32.0, run here on a CPU): /pause, /resume, /collective_rpc, /weight_info and
+/update_weight_version exist in dev mode only. A pause drops the prefix cache, whose keys and values
+are of the old weights. Temperatures below 0.01 are raised to it, those above 2 refused; n rollouts
+are sampled with the seeds seed, seed + 1, ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .ranks import world_size
+from .rollout import Capabilities, FinishReason, Request, Sample, Sampling
+from .server_client import Server
+
+_SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
+_LEAST_TEMPERATURE = 0.01  # of vLLM, which raises smaller ones to it
+
+
+class VLLMServerEngine:
+    """Samples on vLLM servers; each process of the trainer asks for its own share.
+
+    Args:
+        model: the trainer's policy, as it is saved for the servers.
+        servers: their addresses, `http://host:port`; requests are dealt to them in turn.
+        folder: of the weights on their way; every server must see it under this path.
+        dtype: of the weights that are written; what a server computes in is its own `--dtype`.
+        max_rows: most rollouts of this process in flight at a time, >= 1.
+        timeout: seconds for the answer to one request, or for one step of a reload, > 0.
+
+    Raises:
+        ConnectionError: a server does not answer; names it.
+        ValueError: a server cannot do what is asked of it, or an option is out of range.
+    """
+
+    capabilities = Capabilities(processed_logprobs=True, min_p=True)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        servers: Sequence[str],
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        max_rows: int = 512,
+        timeout: float = 600.0,
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows: expected a count >= 1, got {max_rows}")
+        self.model, self.folder, self.dtype = model, Path(folder).absolute(), dtype
+        self.max_rows, self.version = max_rows, 0
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.rank = dist.get_rank() if world_size() > 1 else 0
+        self.servers = check_servers(servers, self.vocabulary, timeout)
+        self._name = ""  # of the weights that the servers have
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Gives every server new weights; all processes must call, and return together.
+
+        Args:
+            named_tensors: (checkpoint name, tensor) pairs, of which the first process keeps a copy
+                in the CPU's memory, in the engine's dtype.
+            version: number the following samples carry.
+
+        Raises:
+            ConnectionError, ValueError: a server did not take them; on every process.
+        """
+        if world_size() > 1:
+            dist.barrier()  # one that still samples would have a share of other weights
+        if self.rank == 0:
+            weights = {name: t.to("cpu", self.dtype, copy=True) for name, t in named_tensors}
+            outcome = self._hand_over(weights, version)
+        else:
+            for _ in named_tensors:  # to gather a sharded one takes all processes
+                pass
+            outcome = [None, None]
+        if world_size() > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        failed, self._name = outcome
+        if failed is not None:
+            raise failed
+        self.version = version
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
+        """Samples of each request, in order.
+
+        Args:
+            requests: each with its own sampling.
+
+        Returns:
+            For each request its `n` samples.
+
+        Raises:
+            ConnectionError: a server does not answer.
+            ValueError: it refuses a request, its answer is none, or its weights are not those of
+                the last `update_weights`; or a request that no server can take.
+        """
+        requests = list(requests)
+        for i, request in enumerate(requests):
+            _check_request(f"requests[{i}]", request)
+        if not requests:
+            return []
+        # a process with few prompts must not leave all of them to the first server
+        dealt = [self.servers[(self.rank + i) % len(self.servers)] for i in range(len(requests))]
+        at_once = max(1, self.max_rows // max(request.sampling.n for request in requests))
+        with _threads(min(at_once, len(requests))) as pool:
+            groups = list(pool.map(self._complete, dealt, requests))
+        for server in dict.fromkeys(dealt):
+            self._check_name(server)
+        return groups
+
+    def close(self) -> None:
+        """Removes the weights on disk; the servers go on."""
+        if self.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _hand_over(self, weights: dict[str, Tensor], version: int) -> list[Any]:
+        """[error or None, name of the new weights]; the first process only."""
+        name = f"{version}-{uuid.uuid4().hex[:12]}"
+        path = self.folder / name  # a new one each time: no cache of a network folder is stale
+        try:
+            self.model.save_pretrained(path, state_dict=weights)
+            with ThreadPoolExecutor(len(self.servers)) as pool:  # until the last one is done
+                list(pool.map(lambda server: _reload(server, path, name), self.servers))
+        except (OSError, ValueError) as error:
+            return [error, ""]
+        finally:
+            for old in self.folder.glob("*"):
+                if old != path:
+                    shutil.rmtree(old, ignore_errors=True)
+        return [None, name]
+
+    def _complete(self, server: Server, request: Request) -> list[Sample]:
+        answer = server.call("/v1/completions", _body(request.prompt_ids, request.sampling))
+        return _samples(server, answer, request, self.vocabulary, self.version)
+
+    def _check_name(self, server: Server) -> None:
+        found = server.call("/weight_info").get("weight_version")
+        if self._name and found != self._name:
+            raise ValueError(
+                f"{server.url}: expected the weights {self._name!r} of this trainer, found "
+                f"{found!r}: it was restarted, or another trainer uses it; --resume goes on"
+            )
+
+
+def check_servers(servers: Sequence[str], vocabulary: int, timeout: float) -> list[Server]:
+    """Raises unless every server can sample for a trainer; asks each for eight tokens.
+
+    Args:
+        servers: addresses, `http://host:port`.
+        vocabulary: token ids of the policy.
+        timeout: seconds for an answer.
+
+    Returns:
+        A client of each.
+
+    Raises:
+        ConnectionError: a server does not answer; names it.
+        ValueError: no address, one that is none, one twice; or a server not in dev mode, with raw
+            log-probs, or with a smaller vocabulary.
+    """
+    clients = [Server(url, timeout) for url in servers]
+    if not clients or len({client.url for client in clients}) < len(clients):
+        raise ValueError(f"servers: expected addresses, each once, got {list(servers)}")
+    for client in clients:
+        if client.call("/weight_info", missing_ok=True) is None:
+            raise ValueError(
+                f"{client.url}: expected vLLM 0.32 or later in dev mode, which can take new "
+                f"weights; start it by `{_SERVE}`"
+            )
+        # Of one token that is kept the log-prob is 0, and less where it is of all tokens.
+        probe = Request([vocabulary - 1], Sampling(max_tokens=8, top_k=1))
+        answer = client.call("/v1/completions", _body(probe.prompt_ids, probe.sampling))
+        [sample] = _samples(client, answer, probe, vocabulary, 0)
+        if min(sample.logprobs) < -1e-6:
+            raise ValueError(
+                f"{client.url}: expected log-probs of the distribution sampled from, found raw "
+                f"ones; start it by `{_SERVE}`"
+            )
+    return clients
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that is left at the first error, without waiting for the answers to the others."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _reload(server: Server, path: Path, name: str) -> None:
+    """Waits for what is being sampled, replaces the weights and names them."""
+    server.call("/pause?mode=wait&clear_cache=true", {})
+    try:
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        server.call("/collective_rpc", call)
+        server.call("/update_weight_version", {"new_version": name})
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            server.call("/resume", {})
+        raise type(error)(
+            f"{error}; does it see {path}, and serve the policy's model? Start it again: vLLM does "
+            "not survive a reload that failed"
+        ) from error
+    server.call("/resume", {})
+
+
+def _check_request(where: str, request: Request) -> None:
+    if not len(request.prompt_ids):
+        raise ValueError(f"{where}: expected a prompt of at least one token, got none")
+    if 0 < request.sampling.temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"{where}: expected a temperature of 0 or >= {_LEAST_TEMPERATURE}, to which vLLM "
+            f"raises smaller ones, got {request.sampling.temperature}"
+        )
+
+
+def _body(prompt_ids: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    """A request of /v1/completions; spelled out what a checkpoint's generation_config could set."""
+    return {
+        "prompt": [int(token) for token in prompt_ids],
+        "n": sampling.n,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "seed": sampling.seed,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,  # it ends a rollout where it is one of the stop tokens, and only there
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logprobs": 0,  # of the sampled token alone
+        "return_token_ids": True,
+    }
+
+
+def _samples(
+    server: Server, answer: Any, request: Request, vocabulary: int, version: int
+) -> list[Sample]:
+    """The rollouts in an answer, each checked."""
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        rows = [
+            (choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]["token_logprobs"])
+            for choice in choices
+        ]
+        samples = [
+            Sample(ids, logprobs, _finish(ids, request.sampling), version)
+            for _, ids, logprobs in rows
+        ]
+        whole = all(
+            prompt == list(request.prompt_ids)
+            and all(0 <= token < vocabulary for token in ids)
+            and all(math.isfinite(logprob) and logprob < 1e-3 for logprob in logprobs)
+            for prompt, ids, logprobs in rows
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{server.url}: expected completions with token ids and their log-probs, got "
+            f"{str(answer)[:200]} ({type(error).__name__}: {error})"
+        ) from error
+    if not whole or len(samples) != request.sampling.n:
+        raise ValueError(
+            f"{server.url}: expected {request.sampling.n} completions of the prompt, with token "
+            f"ids below {vocabulary} and finite log-probs; does it serve the policy's model? Got "
+            f"{str(answer)[:200]}"
+        )
+    return samples
+
+
+def _finish(ids: list[int], sampling: Sampling) -> FinishReason:
+    """By the tokens, since only ours may end a rollout."""
+    if ids[-1] in sampling.stop_token_ids:
+        return "stop"
+    if len(ids) == sampling.max_tokens:
+        return "length"
+    raise ValueError(f"ended after {len(ids)} tokens by {ids[-1]}, which is no stop token")

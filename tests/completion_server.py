@@ -1,0 +1,168 @@
+"""A server on loopback that speaks the JSON of vLLM, as far as `VLLMServerEngine` uses it.
+
+Behind it samples a real engine, `TransformersEngine`: what comes back can be compared with what the
+engine gives directly. `tests/test_vllm_server.py` is the same client with vLLM itself.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from trimtab.rl.engine import TransformersEngine
+from trimtab.rl.rollout import Request, Sampling
+
+
+class CompletionServer:
+    """State of a server, and the ways it can fail.
+
+    Args:
+        model: copied, in float32.
+        raw: log-probs of the plain softmax.
+        dev: the endpoints of vLLM's dev mode exist.
+    """
+
+    def __init__(self, model: Any, *, raw: bool = False, dev: bool = True) -> None:
+        self.engine = TransformersEngine(model, dtype=torch.float32)
+        self.raw, self.dev = raw, dev
+        self.weight_version, self.paused = "default", False
+        self.asked: list[str] = []  # endpoints
+        self.failures: list[str] = []  # of the next completions, one each
+        self.url = ""
+        self._one_at_a_time = threading.Lock()
+
+    def answer(self, path: str, body: Any) -> Any:
+        self.asked.append(path)
+        if path == "/v1/completions":
+            assert not self.paused
+            with self._one_at_a_time:
+                return self._completions(body)
+        if not self.dev:
+            return None
+        if path == "/pause?mode=wait&clear_cache=true":
+            self.paused = True
+        elif path == "/resume":
+            self.paused = False
+        elif path == "/collective_rpc":
+            assert self.paused and body["method"] == "reload_weights"
+            weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+            self.engine.update_weights(weights.items(), 0)
+        elif path == "/update_weight_version":
+            self.weight_version = body["new_version"]
+        elif path == "/weight_info":
+            return {"weight_version": self.weight_version}
+        else:
+            return None
+        return {}
+
+    def _completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["ignore_eos"] and body["logprobs"] == 0 and body["return_token_ids"]
+        names = ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        stops = tuple(body["stop_token_ids"])
+        sampling = Sampling(**{name: body[name] for name in names}, stop_token_ids=stops)
+        [group] = self.engine.generate([Request(body["prompt"], sampling)])
+        choices = [
+            {
+                "index": i,
+                "text": "",
+                "logprobs": {"token_logprobs": self._logprobs(body["prompt"], sample)},
+                "finish_reason": sample.finish_reason,
+                "prompt_token_ids": body["prompt"],
+                "token_ids": sample.token_ids,
+            }
+            for i, sample in enumerate(group)
+        ]
+        return {"choices": choices[::-1]}  # by their index, not by their place
+
+    @torch.no_grad()
+    def _logprobs(self, prompt: list[int], sample: Any) -> list[float]:
+        if not self.raw:
+            return sample.logprobs
+        model = TransformersEngine(self.engine.model, dtype=torch.float32).model
+        model.set_attn_implementation("eager")
+        ids = torch.tensor([prompt + sample.token_ids])
+        logp = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logp.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1).tolist()
+
+
+@contextmanager
+def serving(server: CompletionServer) -> Iterator[CompletionServer]:
+    """Answers at `server.url` until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(None)
+
+        def do_POST(self) -> None:
+            self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def reply(self, body: Any) -> None:
+            completion = self.path == "/v1/completions"
+            failure = server.failures.pop(0) if completion and server.failures else ""
+            if failure == "cut":
+                return self.connection.close()
+            if failure.isdigit():
+                return self.send(int(failure), b"the engine is not well")
+            try:
+                answer = server.answer(self.path, body)
+            except ValueError as error:
+                return self.send(500, str(error).encode())
+            text = json.dumps(answer).encode()
+            if failure == "truncated":
+                text = text[: len(text) // 2]
+            elif failure == "other vocabulary":
+                answer["choices"][0]["token_ids"][0] = 10_000
+                text = json.dumps(answer).encode()
+            elif failure == "one too few":
+                text = json.dumps({"choices": answer["choices"][1:]}).encode()
+            elif failure == "other prompt":
+                answer["choices"][0]["prompt_token_ids"] = [2, 3]
+                text = json.dumps(answer).encode()
+            elif failure == "ended early":
+                choice = answer["choices"][0]
+                choice["token_ids"].pop()
+                choice["logprobs"]["token_logprobs"].pop()
+                text = json.dumps(answer).encode()
+            elif failure == "text":
+                text = b"<html>It works!</html>"
+            elif failure == "trickle":
+                return self.trickle(text)
+            return self.send(404 if answer is None else 200, text)
+
+        def send(self, status: int, text: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def trickle(self, text: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            try:
+                for byte in text:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(0.02)
+            except OSError:
+                pass  # the client has left
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        server.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield server
+        http.shutdown()
+        thread.join()
