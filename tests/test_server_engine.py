@@ -8,7 +8,7 @@ import pytest
 import torch
 from completion_server import CompletionServer, serving
 from safetensors.torch import load_file
-from test_ddp import SHARDED, TWO, two_ranks
+from test_ddp import SHARDED, two_ranks
 from tiny_models import VOCAB, causal_lm
 from tiny_run import metrics_of, run_here, write_recipe
 
@@ -174,6 +174,7 @@ def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
 
 def test_the_loop_on_servers_is_the_loop_in_process(tmp_path, capsys, monkeypatch):
     changes = {"updates": 2, "rollout.dtype": "float32", "record.checkpoint_every": 2}
+    changes |= {"evaluation.problems": 2}
     recipe = write_recipe(tmp_path, changes | {"update.clip_norm": 0.0})
     from transformers import AutoModelForCausalLM
 
@@ -186,12 +187,12 @@ def test_the_loop_on_servers_is_the_loop_in_process(tmp_path, capsys, monkeypatc
         urls = f"--rollout.servers=[{first.url},{second.url}]"
         run_here(["--config", recipe, "--run_dir", "servers", urls], tmp_path)
         common = ["--config", str(recipe), urls, "--run_dir"]
-        two_ranks(tmp_path, [[*common, "ddp", *TWO, "ddp"], [*common, "fsdp2", *SHARDED]])
+        two_ranks(tmp_path, [[*common, "fsdp2", *SHARDED]])  # each rank asks for its share
         for server in (first, second):
-            assert server.asked.count("/v1/completions") > 30
+            assert server.asked.count("/v1/completions") > 15
             # of each run: before and after for the evaluation, and for two updates
-            assert server.asked.count("/collective_rpc") == 3 * 4, "not the first process alone"
-    here, *others = (tmp_path / name for name in ("here", "servers", "ddp", "fsdp2"))
+            assert server.asked.count("/collective_rpc") == 2 * 4, "not the first process alone"
+    here, *others = (tmp_path / name for name in ("here", "servers", "fsdp2"))
     for other in others:  # a prompt is asked for alone: other batches, other rounding
         for row, expected in zip(metrics_of(other), metrics_of(here), strict=True):
             for name in ("reward", "length", "length_std", "loss", "grad_norm"):
