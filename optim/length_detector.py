@@ -101,6 +101,14 @@ class LengthDetector:
         slow_smoothing: float = 0.99,
         joint: Mapping[str, float] | None = None,
     ) -> None:
+        numbers = dict(
+            warmup=warmup, ratio=ratio, smoothing=smoothing, period_factor=period_factor,
+            decay=decay, floor=floor, saturation=saturation, slow_smoothing=slow_smoothing,
+            max_length=0 if max_length is None else max_length,
+        )  # fmt: skip
+        for name, value in numbers.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+                raise ValueError(f"{name}: expected a number, found {value!r}")
         joint = {} if joint is None else joint
         known = isinstance(joint, Mapping) and all(
             name in _JOINT and 1 < value < math.inf for name, value in joint.items()

@@ -7,11 +7,15 @@ and comes out after it, by hooks of the optimizer, and schedulers never see it.
 Source: practice; tried under every scheduler of torch.optim.lr_scheduler.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+
+_logger = logging.getLogger(__name__)
 
 
 class StepFactor:
@@ -20,7 +24,9 @@ class StepFactor:
         rate = StepFactor(lambda: detector.factor_at(step))
         rate.attach([optimizer])
 
-    What schedulers and loggers show is the rate without the factor: log the factor as well.
+    What schedulers and loggers show is the rate without the factor: log the factor as well. A
+    closure runs within the step and sees the rate with it; an lr that something sets there stays,
+    without the factor, which is logged once: set it before the step.
 
     Args:
         factor: called before each step, also of a step that is repeated after an error; at least 0.
@@ -31,7 +37,8 @@ class StepFactor:
     def __init__(self, factor: Callable[[], float]) -> None:
         self._factor = factor
         self._hooks: list[Any] = []
-        self._unscaled: list[tuple[dict[str, Any], Any]] = []
+        self._unscaled: list[tuple[dict[str, Any], Any, Any]] = []  # group, lr, scaled lr
+        self._said_changed = False
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
         """Acts on these optimizers from now on, and on no others.
@@ -64,18 +71,33 @@ class StepFactor:
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
         self._restore()  # after a step that raised, the post hook has not run
         factor = self._factor()
+        tensors = set()  # torch gives several groups one and the same
         for group in optimizer.param_groups:
             lr = group["lr"]
-            self._unscaled.append((group, lr.clone() if isinstance(lr, Tensor) else lr))
-            if isinstance(lr, Tensor):
-                lr.mul_(factor)  # in place: compiled optimizers hold on to the tensor
-            else:
+            if not isinstance(lr, Tensor):
                 group["lr"] = lr * factor
+                self._unscaled.append((group, lr, group["lr"]))
+            elif id(lr) not in tensors:
+                tensors.add(id(lr))
+                before = lr.clone()
+                lr.mul_(factor)  # in place: compiled optimizers hold on to the tensor
+                self._unscaled.append((group, before, lr.clone()))
 
     def _restore(self, *_: Any) -> None:
         while self._unscaled:
-            group, lr = self._unscaled.pop()
-            if isinstance(lr, Tensor):
+            group, lr, scaled = self._unscaled.pop()
+            if bool(group["lr"] != scaled):
+                self._say_changed(lr, group["lr"])
+            elif isinstance(lr, Tensor):
                 group["lr"].copy_(lr)
             else:
                 group["lr"] = lr
+
+    def _say_changed(self, before: Any, found: Any) -> None:
+        if not self._said_changed:
+            self._said_changed = True
+            _logger.warning(
+                "lr was set within a step, from %s to %s, which undid the factor: set it before "
+                "the step, or by a scheduler",
+                float(before), float(found),
+            )  # fmt: skip

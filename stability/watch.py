@@ -65,14 +65,18 @@ class StabilityWatch:
         patience: int = 1,
         names: Mapping[str, str] | None = None,
     ) -> None:
+        if isinstance(monitors, Monitor):
+            raise ValueError(
+                f"monitors: expected a list of monitors, found one {type(monitors).__name__}"
+            )
         monitors = list(monitors)
         classes = [type(monitor).__name__ for monitor in monitors]
         if not monitors or not all(isinstance(monitor, Monitor) for monitor in monitors):
             raise ValueError(f"monitors: expected monitors of trimtab.stability, found {classes}")
         if len(set(classes)) < len(classes):
             raise ValueError(f"monitors: expected one of a class, found {classes}")
-        if patience < 1:
-            raise ValueError(f"patience: expected at least 1 step, found {patience}")
+        if not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience: expected a whole number of at least 1, found {patience!r}")
         self.monitors = monitors
         self.patience = patience
         self.alarms = 0

@@ -1,3 +1,4 @@
+import logging
 import warnings
 
 import pytest
@@ -81,6 +82,39 @@ def test_several_optimizers_and_groups():
     assert torch.equal(a, torch.full((2,), 0.75)) and torch.equal(b, torch.full((2,), 0.875))
     torch.testing.assert_close(c.detach(), torch.full((2,), 1 - 0.025))
     assert [group["lr"] for group in first.param_groups] == [1.0, 0.5]
+
+
+def test_groups_that_share_a_tensor_are_scaled_once():
+    a, b = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=torch.tensor(1.0))
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    StepFactor(lambda: 0.5).attach([optimizer])
+    for parameter in (a, b):
+        parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert a.item() == b.item() == 0.5 and optimizer.param_groups[0]["lr"] == 1
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+def test_an_lr_that_is_set_within_a_step_stays_and_is_said(tensor, caplog):
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = SGD([parameter], lr=torch.tensor(1.0) if tensor else 1.0)
+    StepFactor(lambda: 0.5).attach([optimizer])
+
+    def closure(group=optimizer.param_groups[0]):
+        parameter.grad = torch.ones(1)
+        if tensor:
+            group["lr"].fill_(0.2)
+        else:
+            group["lr"] = 0.2
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            optimizer.step(closure)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.2)
+    assert parameter.item() == pytest.approx(0.6)
+    said = [r for r in caplog.records if "lr was set within a step" in r.getMessage()]
+    assert len(said) == 1
 
 
 def test_a_step_that_raised_does_not_scale_twice():

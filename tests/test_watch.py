@@ -109,7 +109,9 @@ def test_bad_arguments_are_named():
         ([], {}, r"monitors: expected monitors"),
         ([GradientNormMonitor], {}, r"monitors: expected monitors"),
         ([GradientNormMonitor(), GradientNormMonitor()], {}, r"one of a class"),
-        ([GradientNormMonitor()], {"patience": 0}, r"patience: expected at least 1"),
+        ([GradientNormMonitor()], {"patience": 0}, r"patience: expected a whole number"),
+        ([GradientNormMonitor()], {"patience": "3"}, r"patience: expected a whole .* found '3'"),
+        (GradientNormMonitor(), {}, r"monitors: expected a list .* found one GradientNormMonitor"),
         ([GradientNormMonitor()], {"names": {"entropy/mean": "e"}}, r"names: .*\['entropy/mean'\]"),
     ):
         with pytest.raises(ValueError, match=message):
