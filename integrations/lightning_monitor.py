@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,19 +39,26 @@ class StabilityMonitorCallback(Callback):
     Logged are what monitors derive (`entropy/relative`,
     ...), `grad_norm`, `stability/state` (0 healthy, 1 watch, 2 alarm) and `stability/rollbacks`.
 
+    A step that a GradScaler skips is none.
+
     "roll_back" writes a checkpoint after the first healthy step and then every `healthy_every`
-    healthy ones, keeping the last, and goes back to it: weights, optimizers, schedulers, the scaler
-    and the monitors are as they were, while data, `global_step` and other callbacks go on, so that
-    other batches follow. It stops instead where there is no checkpoint yet, and after
-    `max_rollbacks` without a new one in between.
+    healthy ones. The gradient of the step after it says whether it was good: then it replaces the
+    one before. An alarm goes back to it: weights, optimizers, schedulers, the monitors and what
+    callbacks and the module keep by their hooks on_save_checkpoint and on_load_checkpoint are as
+    they were, while data, `global_step`, the scaler and other state of callbacks go on, so that
+    other batches follow. It stops instead where there is no good checkpoint yet, and after
+    `max_rollbacks` without a new one in between. What watches a metric of each step, as
+    EarlyStopping and ReduceLROnPlateau may, has seen those of the steps undone.
 
     Args:
         monitors: of trimtab.stability, one of a class.
         on_alarm: "log" only, "stop" the fit (as EarlyStopping does), or "roll_back".
         patience: steps in alarm, without a break, after which to act; at least 1.
-        names: what the module logs a monitor's number as, see StabilityWatch.
+        names: what the module logs a monitor's number as, see StabilityWatch. Where optimizers take
+            turns, log their norms alike: the one measured is over those that stepped.
         healthy_every: steps, at least 1.
-        dirpath: folder of the healthy checkpoint; None: "healthy" in the Trainer's root folder.
+        dirpath: where each run makes a folder for its healthy checkpoint; None: "healthy" in the
+            Trainer's root folder.
         max_rollbacks: at least 1.
         prog_bar: show `stability/state` in the progress bar.
 
@@ -59,8 +67,8 @@ class StabilityMonitorCallback(Callback):
         rollbacks: since the last healthy checkpoint.
 
     Raises:
-        ValueError: an argument out of range; on setup, a second such callback, or "roll_back" with
-            a strategy other than a single device, DDP and FSDP2.
+        ValueError: an argument out of range; on setup, "roll_back" with a strategy other than a
+            single device, DDP and FSDP2. A second such callback is refused by the Trainer.
 
     Source: practice; each monitor names its own.
     """
@@ -81,21 +89,29 @@ class StabilityMonitorCallback(Callback):
         if on_alarm not in get_args(OnAlarm):
             raise ValueError(f"on_alarm: expected one of {get_args(OnAlarm)}, found {on_alarm!r}")
         for name, value in (("healthy_every", healthy_every), ("max_rollbacks", max_rollbacks)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, found {value!r}")
         self._measures = "grad_norm" in self.watch.inputs and "grad_norm" not in (names or {})
         self.on_alarm = on_alarm
         self.healthy_every = healthy_every
         self.dirpath = dirpath
         self.max_rollbacks = max_rollbacks
         self.prog_bar = prog_bar
+        self._fresh = self.watch.state_dict()
+        self._hooks: list[Any] = []
+        self._missing_said = False
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.watch.load_state_dict(self._fresh)
         self.verdict: Verdict | None = None
         self.rollbacks = 0
+        self._folder: Path | None = None  # of this run
         self._healthy: Path | None = None
+        self._candidate: Path | None = None  # not known yet to be good
         self._healthy_steps = 0
-        self._last_step = 0
-        self._squared_norms: dict[int, float] = {}  # by optimizer, since the last batch's end
-        self._missing_said = False
+        self._stepped = False  # an optimizer, in this batch
+        self._squared_norms: dict[int, float] = {}  # by optimizer, of this batch
 
     @property
     def state_key(self) -> str:
@@ -105,13 +121,21 @@ class StabilityMonitorCallback(Callback):
         refuse_second(self, trainer)
         if self.on_alarm == "roll_back":
             refuse_strategy(trainer.strategy, 'on_alarm="roll_back"')
-        self._healthy, self._healthy_steps = None, 0  # those of an earlier fit
+        if trainer.global_step == 0:  # before a checkpoint is loaded: not what an earlier run saw
+            self._start_anew()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._last_step, self._squared_norms = trainer.global_step, {}
-        there = self._healthy is not None and self._healthy.exists()
-        if not trainer.strategy.broadcast(there):  # of a run that was resumed elsewhere
-            self._healthy = None
+        self._release()
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_post_hook(self._note_step))
+        if self.on_alarm == "roll_back" and self._folder is None:
+            folder = Path(self.dirpath or Path(trainer.default_root_dir) / "healthy")
+            self._folder = trainer.strategy.broadcast(folder / uuid.uuid4().hex[:8])
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stepped = False
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         if self._measures:
@@ -122,10 +146,10 @@ class StabilityMonitorCallback(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._last_step:
-            return  # gradients are being accumulated
-        self._last_step = trainer.global_step
-        numbers = self._numbers(trainer)
+        numbers = self._numbers(trainer) if self._stepped else None
+        self._squared_norms = {}
+        if numbers is None:
+            return  # gradients are being accumulated, or a GradScaler has skipped the step
         self.verdict = self.watch.judge(numbers)
         if self.verdict.reading.state == "alarm":
             _logger.warning("step %d: %s", trainer.global_step, self.verdict.reading.reason)
@@ -137,7 +161,6 @@ class StabilityMonitorCallback(Callback):
         found = self.watch.select(trainer.callback_metrics)
         if self._squared_norms:
             found["grad_norm"] = math.sqrt(sum(self._squared_norms.values()))
-            self._squared_norms = {}
         means = mean_over_ranks(trainer, [found.get(name) for name in self.watch.inputs])
         numbers = dict(zip(self.watch.inputs, means, strict=True))
         numbers = {name: value for name, value in numbers.items() if value is not None}
@@ -157,15 +180,17 @@ class StabilityMonitorCallback(Callback):
     def _act(self, trainer: Any, pl_module: Any) -> None:
         if self.on_alarm == "roll_back" and self.verdict.reading.state == "healthy":
             self._healthy_steps += 1
+            self._confirm(trainer)
             # not before the first step: torch makes AdamW's state for an FSDP2 checkpoint by a step
             # of its own, which counts
             if self._healthy is None or self._healthy_steps % self.healthy_every == 0:
-                self._keep(trainer)
-                self.rollbacks = 0
+                self._candidate = self._folder / f"step={trainer.global_step}.ckpt"
+                trainer.save_checkpoint(self._candidate)
         if not self.verdict.tripped or self.on_alarm == "log":
             return
         reason = self.verdict.reading.reason
-        if self._healthy is not None and self.rollbacks < self.max_rollbacks:
+        there = self._healthy is not None and self._healthy.exists()
+        if trainer.strategy.broadcast(there) and self.rollbacks < self.max_rollbacks:
             _logger.warning("step %d: back to %s: %s", trainer.global_step, self._healthy, reason)
             self._roll_back(trainer, pl_module)
             return
@@ -174,29 +199,36 @@ class StabilityMonitorCallback(Callback):
         )
         trainer.should_stop = True
 
-    def _keep(self, trainer: Any) -> None:
-        """Writes a healthy checkpoint, then removes the one before."""
-        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "healthy")
-        before, path = self._healthy, folder / f"step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
-        self._healthy = path
-        if before is not None and before != path:
+    def _confirm(self, trainer: Any) -> None:
+        """Of the weights in the candidate there is a healthy gradient: it is the one to go back to.
+
+        An update may ruin the weights though its own gradient was healthy.
+        """
+        if self._candidate is None:
+            return
+        before, self._healthy, self._candidate = self._healthy, self._candidate, None
+        self.rollbacks = 0
+        if before is not None:
             trainer.strategy.remove_checkpoint(before)
 
     def _roll_back(self, trainer: Any, pl_module: Any) -> None:
-        strategy, precision = trainer.strategy, trainer.precision_plugin
-        checkpoint = strategy.load_checkpoint(self._healthy)  # FSDP2: loads the state, too
+        strategy = trainer.strategy
+        # By pickle, as it may hold hyper-parameters of any class: this run has written it. Under
+        # FSDP2 this loads weights and optimizers, too.
+        checkpoint = strategy.load_checkpoint(self._healthy, weights_only=False)
         pl_module.on_load_checkpoint(checkpoint)
         strategy.load_model_state_dict(checkpoint, strict=pl_module.strict_loading)
+        for callback in trainer.callbacks:  # WeightAveraging puts the average into the state dict
+            callback.on_load_checkpoint(trainer, pl_module, checkpoint)
         strategy.load_optimizer_state_dict(checkpoint)
         for config, state in zip(
             trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True
         ):
             config.scheduler.load_state_dict(state)
-        scaler = checkpoint.get(type(precision).__qualname__)
-        if scaler is not None:
-            precision.load_state_dict(scaler)
         self.watch.load_state_dict(checkpoint["callbacks"][self.state_key]["watch"])
+        if self._candidate is not None:
+            strategy.remove_checkpoint(self._candidate)
+            self._candidate = None
         self._healthy_steps = 0
         self.rollbacks += 1
 
@@ -213,19 +245,35 @@ class StabilityMonitorCallback(Callback):
             }
         )
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._release()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
     def state_dict(self) -> dict[str, Any]:
+        paths = {"folder": self._folder, "healthy": self._healthy, "candidate": self._candidate}
         return {
             "watch": self.watch.state_dict(),
             "rollbacks": self.rollbacks,
-            "healthy": None if self._healthy is None else str(self._healthy),
             "healthy_steps": self._healthy_steps,
+            **{name: None if path is None else str(path) for name, path in paths.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.watch.load_state_dict(state_dict["watch"])
         self.rollbacks = state_dict["rollbacks"]
-        self._healthy = state_dict["healthy"] and Path(state_dict["healthy"])
         self._healthy_steps = state_dict["healthy_steps"]
+        for name in ("folder", "healthy", "candidate"):
+            path = state_dict[name]
+            setattr(self, f"_{name}", None if path is None else Path(path))
 
 
 def _squared_norm(optimizer: Optimizer) -> float:

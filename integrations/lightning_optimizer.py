@@ -1,8 +1,9 @@
 """Adam-mini in place of the optimizer that a LightningModule configures."""
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR
@@ -18,11 +19,22 @@ _OPTIONS = frozenset(
     ("momentum_dtype", "stochastic_rounding", "seed", "max_grad_norm", "error_if_nonfinite")
 )
 
+# Where torch (2.13, Optimizer) keeps the hooks that a user has registered.
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
 
 class AdamMiniCallback(Callback):
     """Replaces the optimizer of the LightningModule by AdamMini when a fit starts.
 
-    The new optimizer takes over the group dicts with their lr and weight decay, and the schedulers.
+    The new optimizer takes over the group dicts with their lr and weight decay, the hooks, and the
+    schedulers.
     Checkpoints hold its state and its blocks; resuming with other blocks is refused.
 
     Args:
@@ -36,10 +48,11 @@ class AdamMiniCallback(Callback):
 
     Raises:
         TypeError: another option.
-        ValueError: on fit start, for a second such callback, a strategy other than a single device,
-            DDP and FSDP2 (ModelParallelStrategy), an optimizer that is an AdamMini already, that
-            has made steps, that is cut over ranks or that uses amsgrad, parameters that are not the
-            module's, a module without a matrix, or a checkpoint with other blocks.
+        ValueError: an argument out of range; on fit start, for a strategy other than a single
+            device, DDP and FSDP2 (ModelParallelStrategy), two limits on the norm, an optimizer that
+            is an AdamMini already, that has made steps, that is cut over ranks or that uses
+            amsgrad, parameters that are not the module's, a module without a matrix, or a
+            checkpoint with other blocks. A second such callback is refused by the Trainer.
 
     Source: arXiv 2406.16793, the update rule.
     """
@@ -60,6 +73,10 @@ class AdamMiniCallback(Callback):
                 f"options: expected some of {sorted(_OPTIONS)}, found {sorted(unknown)}; for "
                 "others return an AdamMini from configure_optimizers"
             )
+        if preset not in get_args(Preset):
+            raise ValueError(f"preset: expected one of {get_args(Preset)}, found {preset!r}")
+        chosen = {name: x for name, x in (("betas", betas), ("eps", eps)) if x is not None}
+        AdamMini([torch.zeros(1)], **chosen, **options)  # refuses what is out of range
         self.preset = preset
         self.betas = betas
         self.eps = eps
@@ -81,6 +98,11 @@ class AdamMiniCallback(Callback):
         # Here the strategy has made optimizers and schedulers, and a checkpoint has not yet filled
         # them.
         refuse_strategy(trainer.strategy, "AdamMiniCallback")
+        if self.options.get("max_grad_norm") is not None and trainer.gradient_clip_val:
+            raise ValueError(
+                "max_grad_norm: expected one limit, found that of AdamMiniCallback and "
+                f"gradient_clip_val={trainer.gradient_clip_val}; leave out the Trainer's"
+            )
         self.blocks = self.given_blocks or infer_blocks(pl_module, self.preset, strict=self.strict)
         self._check_blocks()
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
@@ -103,6 +125,8 @@ class AdamMiniCallback(Callback):
         # The constructor keeps the very dicts, so whoever holds on to one still sets the lr in use.
         new = AdamMini(optimizer.param_groups, blocks=self.blocks, **self.options)
         new.known_names = names
+        for hooks in _HOOKS:  # the very dicts, so that who added one can still remove it
+            setattr(new, hooks, getattr(optimizer, hooks))
         if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
             # Schedulers wrap `step` to see that it is called; this one does so too and leaves the
             # lr alone.

@@ -18,7 +18,9 @@ class LengthTriggeredLRCallback(Callback):
     The factor is on the groups only while `optimizer.step` runs, so it is exact with every
     scheduler; what schedulers and LearningRateMonitor show is the rate without it. It is logged as
     `length_lr_factor`. Log the metric in every training step (`self.log(metric, value)`): an old
-    value counts again. Several processes decide together, on the mean over them.
+    value counts again. An optimizer step is one observation, the mean over its batches and over the
+    processes, which so decide together. A training step runs within `optimizer.step` and sees the
+    rate with the factor; set a rate by hand ahead of it (on_train_batch_start).
 
     Args:
         metric: key in `trainer.callback_metrics`, mean response length in tokens.
@@ -29,8 +31,8 @@ class LengthTriggeredLRCallback(Callback):
         **detector: arguments of LengthDetector; its steps are the Trainer's `global_step`.
 
     Raises:
-        ValueError: an argument out of range, or a metric of `joint` without its key; on setup, a
-            second such callback.
+        ValueError: an argument out of range, or a metric of `joint` without its key. A second such
+            callback is refused by the Trainer.
 
     Source: arXiv 2602.01826; see LengthDetector.
     """
@@ -56,7 +58,9 @@ class LengthTriggeredLRCallback(Callback):
                 raise ValueError(
                     f"{name}_metric: expected {expected} {name!r} in joint, found {key!r}"
                 )
+        self._fresh = self.detector.state_dict()
         self._step = 0
+        self._batches: list[list[float | None]] = []  # of the optimizer step under way
         self._rate = StepFactor(lambda: self.factor)
         self._warned = False
 
@@ -71,8 +75,12 @@ class LengthTriggeredLRCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         refuse_second(self, trainer)
+        if trainer.global_step == 0:  # before a checkpoint is loaded: not what an earlier run saw
+            self.detector.load_state_dict(self._fresh)
+            self._step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._batches.clear()
         self._rate.attach(trainer.optimizers)
 
     def on_train_batch_start(
@@ -83,25 +91,33 @@ class LengthTriggeredLRCallback(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        others = [self._joint[name] for name in self.detector.joint]
-        keys = (self.metric, self.truncated_metric, *others)
+        keys = (self.metric, self.truncated_metric, *map(self._joint.get, self.detector.joint))
         found = [trainer.callback_metrics.get(key) for key in keys]
         found[:2] = [  # a length that is not finite is none; of the others it is a sign
             None if value is None or not math.isfinite(value) else value for value in found[:2]
         ]
-        length, truncated, *numbers = mean_over_ranks(trainer, found)
+        self._batches.append([None if value is None else float(value) for value in found])
+        if trainer.global_step > self._step:
+            self._observe(trainer, keys)
+        pl_module.log("length_lr_factor", self.factor, prog_bar=self.prog_bar)
+
+    def _observe(self, trainer: Any, keys: tuple[str | None, ...]) -> None:
+        """Of the step that has ended: means over its batches and the ranks."""
+        means = mean_over_ranks(trainer, [_mean(values) for values in zip(*self._batches)])
+        self._batches.clear()
+        length, truncated, *numbers = means
         if length is not None and None not in numbers:
             joint = dict(zip(self.detector.joint, numbers, strict=True))
             self.detector.observe(length, truncated, step=self._step, **joint)
-        elif not self._warned:
+        missing = [repr(key) for key, x in zip(keys, means) if key is not None and x is None]
+        if missing and not self._warned:
             self._warned = True
             _logger.warning(
-                "expected finite metrics %s in trainer.callback_metrics, found: %s; lengths go "
-                "unwatched: log them in training_step",
-                ", ".join(repr(key) for key in (self.metric, *others)),
+                "expected finite metrics %s in trainer.callback_metrics, found: %s; what they say "
+                "goes unwatched: log them in training_step",
+                ", ".join(missing),
                 ", ".join(trainer.callback_metrics) or "none",
             )
-        pl_module.log("length_lr_factor", self.factor, prog_bar=self.prog_bar)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._rate.release()
@@ -118,3 +134,8 @@ class LengthTriggeredLRCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.detector.load_state_dict(state_dict)
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

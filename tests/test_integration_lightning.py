@@ -199,6 +199,31 @@ def frozen(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def test_swap_keeps_the_hooks_of_the_optimizer():
+    steps, handles = [], []
+
+    def configure(module):
+        optimizer = AdamW(module.parameters())
+        handles.append(optimizer.register_step_post_hook(lambda *_: steps.append(1)))
+        return optimizer
+
+    module = lightning_regression(configure)
+    fit(module, AdamMiniCallback(), epochs=1)
+    assert len(steps) == STEPS
+    handles[0].remove()
+    assert not module.trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_swap_leaves_choices_of_the_old_optimizer_behind():
+    trainer = fit(
+        lightning_regression(lambda m: AdamW(m.parameters(), foreach=True, fused=False)),
+        AdamMiniCallback(),
+        epochs=1,
+    )
+    group = trainer.optimizers[0].param_groups[0]
+    assert group["foreach"] is None and group["fused"] is None
+
+
 def test_swap_refuses_what_it_cannot_honour(caplog):
     foreign = torch.nn.Parameter(torch.ones(3))
     for configure, message in (
@@ -345,8 +370,10 @@ def test_accumulated_gradients_count_optimizer_steps():
     callback = LengthTriggeredLRCallback(**EARLY)
     module = lightning_regression(sgd_with(linear), surge_at=6)
     fit(module, callback, epochs=2, accumulate_grad_batches=2)
-    assert callback.detector.triggered_at == 3  # batch 6 is of step 3, counted from 0
-    assert callback.detector.observations == 8
+    # batches 6 and 7 are of step 3, counted from 0; its length is the mean over them
+    assert callback.detector.triggered_at == 3
+    assert callback.detector.observations == 4
+    assert callback.detector.smoothed == 500.0
 
 
 def test_a_missing_metric_is_logged_once(caplog):
@@ -356,6 +383,11 @@ def test_a_missing_metric_is_logged_once(caplog):
     records = [r for r in caplog.records if "response_length" in r.getMessage()]
     assert len(records) == 1 and "mean_length" in records[0].getMessage()
     assert callback.detector.observations == 0
+    caplog.clear()
+    callback = LengthTriggeredLRCallback(truncated_metric="truncted", **EARLY)
+    fit(lightning_regression(sgd_with(linear)), callback, epochs=2)
+    assert "expected finite metrics 'truncted'" in caplog.text
+    assert callback.detector.observations == 8
 
 
 def test_truncated_responses_reach_the_detector():
@@ -413,6 +445,17 @@ def test_bad_arguments_are_named():
         LengthTriggeredLRCallback(ratio=0.5)
     with pytest.raises(TypeError, match=r"ration"):
         LengthTriggeredLRCallback(ration=2.0)
+    for options, message in (
+        ({"preset": "bogus"}, "preset: expected one of"),
+        ({"betas": (2, 3)}, "betas: "),
+        ({"momentum_dtype": torch.float16}, "momentum_dtype: "),
+        ({"seed": "x"}, "seed: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdamMiniCallback(**options)
+    with pytest.raises(ValueError, match=r"max_grad_norm: expected one limit"):
+        both = AdamMiniCallback(max_grad_norm=1.0)
+        fit(lightning_regression(sgd_with(linear)), both, gradient_clip_val=1.0)
     with pytest.raises(ValueError, match=r"preset: "):
         fit(lightning_regression(sgd_with(linear)), AdamMiniCallback("row"), epochs=1)
 
