@@ -38,8 +38,9 @@ def from_adamw_state(
         A state dict: exp_avg as it is, exp_avg_sq averaged over the blocks, step.
 
     Raises:
-        ValueError: amsgrad state, parameters, names or shapes that do not correspond, or several
-            rates for what is one group of `optimizer`.
+        ValueError: amsgrad state, parameters, names or shapes that do not correspond, several rates
+            for what is one group of `optimizer`, or blocks that go on on other ranks (of plain
+            tensors; DTensors are averaged whole).
 
     Source: arXiv 2406.16793, the update rule, which is linear in g^2.
     """
@@ -171,6 +172,12 @@ def _converted(
         if not old:
             continue
         layout = optimizer.layout(param)
+        if optimizer._place(param).plan.reduce and not is_dtensor(param):
+            raise ValueError(
+                f"optimizer: expected parameter {key!r} whole or a DTensor, found a slice whose "
+                "blocks go on on other ranks; convert before the model is cut, or in Megatron-core "
+                "load Adam's distributed checkpoint by megatron_adam_mini"
+            )
         try:
             exp_avg, v = convert(param, layout, old)
         except (KeyError, RuntimeError) as error:

@@ -2,12 +2,13 @@
 
 import itertools
 
+import pytest
 import torch
 import torch.distributed as dist
 from sharded_bag import SETTINGS, assert_close, counted_all_reduces
 from torch import nn
 
-from trimtab.optim import AdamMini, BlockLayout, BlockMap
+from trimtab.optim import AdamMini, BlockLayout, BlockMap, from_adamw_state
 from trimtab.optim.entries import fold_moments, spread_moments, sum_moments
 from trimtab.optim.pieces import Shard
 
@@ -97,6 +98,11 @@ def check_megatron(folder):
                 assert_close(p.detach(), here(name, models[0].get_parameter(name).detach()), 1e-12)
             if max_grad_norm:
                 assert_close(optimizers[1].grad_norm, optimizers[0].grad_norm, 1e-12)
+            if any(optimizers[1]._place(p).plan.reduce for p in models[1].parameters()):
+                adam = torch.optim.AdamW(models[1].named_parameters())
+                adam.step()
+                with pytest.raises(ValueError, match="a slice whose blocks go on on other ranks"):
+                    from_adamw_state(optimizers[1], adam.state_dict())
     parallel_state.destroy_model_parallel()
 
 
