@@ -43,7 +43,8 @@ def main():
     lengths = LengthTriggeredLRCallback(None, warmup=10)  # <- metric=None: it is told the lengths
 
     def compute_loss(outputs, labels, num_items_in_batch):
-        lengths.observe(float((labels != -100).sum(1).float().mean()))  # of responses, in RL
+        # of responses, in RL; what an evaluation observes, between steps, does not count
+        lengths.observe(float((labels != -100).sum(1).float().mean()))
         return gem(outputs, labels, num_items_in_batch)
 
     gem = gem_compute_loss(beta=0.7)  # <-
@@ -54,8 +55,9 @@ def main():
         train_dataset=rows(512),
         optimizer_cls_and_kwargs=adam_mini(args),  # <-
         compute_loss_func=compute_loss,
-        callbacks=[lengths, watching],
     )
+    for callback in (lengths, watching):  # ahead of W&B's own, unlike callbacks=[...]
+        callback.add_to(trainer)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     for log in (logs[0], logs[-1]):

@@ -13,7 +13,8 @@
     model.generate(ids, **pruned_generation(rho))              transformers_generation.py
 
 What belongs to the Trainer needs accelerate, as the Trainer does, and is imported when first asked
-for; the rest works without. Read and tried: transformers 5.24.0 with accelerate 1.15.0.
+for; the rest works without. `adam_mini` needs transformers 5.2, the rest 5.0. Read and tried:
+transformers 5.24.0 with accelerate 1.15.0.
 """
 
 from importlib import import_module

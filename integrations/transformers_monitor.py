@@ -16,7 +16,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..stability import StabilityWatch, Verdict
 from ..stability.readings import Monitor
-from .transformers_callback import StatefulCallback, add_to_logs, mean_over_ranks
+from .transformers_callback import (
+    StatefulCallback,
+    add_to_logs,
+    mean_over_ranks,
+    overflow_was_skipped,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +35,9 @@ class StabilityMonitorCallback(StatefulCallback):
     windows count logs. Numbers are means over the processes, so that all of them act alike. What
     monitors derive (`grad_norm/relative`, ...) and `stability/state` (0 healthy, 1 watch, 2 alarm)
     go into the log and the history. The state is in every checkpoint, and resuming needs no flag.
+    The gradient norm of a step that fp16's scaler has skipped is not judged.
+
+        callback.add_to(trainer)    instead of callbacks=[callback]: W&B and TensorBoard log it, too
 
     Args:
         monitors: of trimtab.stability, one of a class.
@@ -41,7 +49,8 @@ class StabilityMonitorCallback(StatefulCallback):
         verdict: of the last log; None before the first.
 
     Raises:
-        ValueError: an argument out of range; when training begins, a second such callback.
+        ValueError: an argument out of range; when training begins, a second such callback; when
+            it is added during training.
 
     Source: practice; each monitor names its own.
     """
@@ -56,6 +65,7 @@ class StabilityMonitorCallback(StatefulCallback):
         patience: int = 1,
         names: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__()
         self.watch = StabilityWatch(monitors, patience=patience, names=names)
         if on_alarm not in get_args(OnAlarm):
             raise ValueError(
@@ -66,12 +76,12 @@ class StabilityMonitorCallback(StatefulCallback):
         self.on_alarm = on_alarm
         self.verdict: Verdict | None = None
         self._seen: dict[str, Any] = {}  # logged since the last verdict
-        self._missing_said = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        self.expect_logs(args, state)
         self.verdict = None
         self._seen.clear()
 
@@ -86,7 +96,8 @@ class StabilityMonitorCallback(StatefulCallback):
         self._seen.update(logs)
         if "loss" not in logs:  # an evaluation, or what a loss function logs on its way
             return control
-        self.verdict = self.watch.judge(self._numbers(args))
+        self.refuse_late(state)
+        self.verdict = self.watch.judge(self._numbers(args, state, kwargs.get("optimizer")))
         self._seen.clear()
         reading = self.verdict.reading
         if reading.state == "alarm":
@@ -99,18 +110,29 @@ class StabilityMonitorCallback(StatefulCallback):
         self.store()
         return control
 
-    def _numbers(self, args: TrainingArguments) -> dict[str, float]:
+    def _numbers(
+        self, args: TrainingArguments, state: TrainerState, optimizer: Any
+    ) -> dict[str, float]:
         """What the monitors read, the same on every process."""
         found = self.watch.select(self._seen)
+        skipped = overflow_was_skipped(optimizer, found.get("grad_norm"))
+        if skipped:
+            self.warn_once(
+                "skipped",
+                "step %d: its gradients overflowed and fp16's scaler skipped it; the gradient norm "
+                "of such a step is not judged",
+                state.global_step,
+            )
+            del found["grad_norm"]
         means = mean_over_ranks(args, [found.get(name) for name in self.watch.inputs])
         numbers = dict(zip(self.watch.inputs, means, strict=True))
         numbers = {name: value for name, value in numbers.items() if value is not None}
         silent = [
             type(m).__name__ for m in self.watch.monitors if not set(m.inputs) & numbers.keys()
         ]
-        if silent and not self._missing_said:
-            self._missing_said = True
-            _logger.warning(
+        if silent and not skipped:
+            self.warn_once(
+                "missing",
                 "%s found none of its numbers in the logs (%s) and judges nothing: log them, or "
                 "say what they are called (names)",
                 ", ".join(silent),

@@ -3,21 +3,23 @@
     Trainer(model, args, optimizer_cls_and_kwargs=adam_mini(args))
     use_adam_mini(trainer)      a trainer that is there already, TRL's
 
-Of the Trainer (read and tried at 5.24.0): a class in `optimizer_cls_and_kwargs` that is no torch
-optimizer is made without arguments and called with the model, whose modules say what the blocks
-are. It is called where an optimizer is missing: before DDP or FSDP2 wrap the model, never under
-DeepSpeed with an optimizer in its config.
+Of the Trainer (read and tried at 5.24.0; not before 5.2): a class in `optimizer_cls_and_kwargs`
+that is no torch optimizer is made without arguments and called with the model, whose modules say
+what the blocks are. It is called where an optimizer is missing: before DDP or FSDP2 wrap the model,
+never under DeepSpeed with an optimizer in its config.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..optim import AdamMini, BlockMap
 from ..optim.blocks import Preset, refuse_without_blocks
+from ._versions import require
 from .transformers_callback import distribution
 
 # Of the whole optimizer, not of a group.
@@ -29,11 +31,13 @@ _OPTIONS = frozenset(
 class AdamMiniFactory:
     """Makes an AdamMini for a model: what the Trainer calls."""
 
-    def __call__(self, model: nn.Module, **options: Any) -> AdamMini:
+    def __call__(
+        self, model: nn.Module, *, args: TrainingArguments, betas: Any, eps: Any, **options: Any
+    ) -> AdamMini:
         host = distribution()
         if host not in ("", "FSDP2"):
             raise _refusal(host)
-        optimizer = AdamMini.for_model(model, **options)
+        optimizer = _optimizer(model, args, betas, eps, **options)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         refuse_without_blocks(optimizer.blocks, names)
         if host == "FSDP2":
@@ -53,14 +57,14 @@ def adam_mini(
 ) -> tuple[type[AdamMiniFactory], dict[str, Any]]:
     """`optimizer_cls_and_kwargs` of a Trainer that trains with AdamMini.
 
-    Learning rate and weight decay are those of `args`, and so are betas and eps unless given;
-    `args.optim` no longer counts. Norms, biases and other vectors are not decayed. Alone, with DDP
-    and with FSDP2; under gradient accumulation, bf16, and fp16 with its scaler; for PEFT models
-    what is trainable. Checkpoints hold its state and its blocks; resuming with other blocks is
-    refused.
+    Learning rate and weight decay are those of `args`, and so are betas and eps unless given: as
+    they are when an optimizer is made, so a hyperparameter search may set them. `args.optim` no
+    longer counts. Norms, biases and other vectors are not decayed. Alone, with DDP and with FSDP2;
+    under gradient accumulation, bf16, and fp16 with its scaler; for PEFT models what is trainable.
+    Checkpoints hold its state and its blocks; resuming with other blocks is refused.
 
     Args:
-        args: of the Trainer.
+        args: of the Trainer, the same object.
         preset: "snr", "rows" or "paper", see `infer_blocks`.
         betas: None for adam_beta1 and adam_beta2.
         eps: None for adam_epsilon.
@@ -74,11 +78,14 @@ def adam_mini(
         ValueError then for a model without a matrix to train, DeepSpeed and FSDP1.
 
     Raises:
+        ImportError: transformers before 5.2, whose Trainer makes no optimizer of a model.
         TypeError: another option, or `args` that are none.
-        ValueError: DeepSpeed, which brings its own optimizer, or two limits on the gradients' norm.
+        ValueError: an argument out of range, DeepSpeed, which brings its own optimizer, or two
+            limits on the gradients' norm.
 
     Source: arXiv 2406.16793, the update rule.
     """
+    require("transformers", transformers.__version__, "5.2", "6")
     if not isinstance(args, TrainingArguments):
         raise TypeError(
             f"args: expected TrainingArguments, found {type(args).__name__}; for a trainer that is "
@@ -92,21 +99,37 @@ def adam_mini(
         )
     if args.deepspeed or getattr(args, "deepspeed_plugin", None):
         raise _refusal("DeepSpeed")
-    if options.get("max_grad_norm") is not None and args.max_grad_norm:
-        raise ValueError(
-            "max_grad_norm: expected one limit, found that of AdamMini and args.max_grad_norm="
-            f"{args.max_grad_norm}; set max_grad_norm=0 in TrainingArguments"
-        )
+    if not isinstance(blocks, BlockMap | None):
+        raise TypeError(f"blocks: expected a BlockMap or None, found {type(blocks).__name__}")
+    # Refuses what is out of range now instead of when training begins; draws no random numbers.
+    _optimizer(nn.LayerNorm(1), args, betas, eps, preset=preset, **options)
     return AdamMiniFactory, {
-        "lr": args.learning_rate,
-        "betas": betas or (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon if eps is None else eps,
-        "weight_decay": args.weight_decay,
+        "args": args,
+        "betas": betas,
+        "eps": eps,
         "preset": preset,
         "strict": strict,
         "blocks": blocks,
         **options,
     }
+
+
+def _optimizer(
+    model: nn.Module, args: TrainingArguments, betas: Any, eps: Any, **options: Any
+) -> AdamMini:
+    if options.get("max_grad_norm") is not None and args.max_grad_norm:
+        raise ValueError(
+            "max_grad_norm: expected one limit, found that of AdamMini and args.max_grad_norm="
+            f"{args.max_grad_norm}; set max_grad_norm=0 in TrainingArguments"
+        )
+    return AdamMini.for_model(
+        model,
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2) if betas is None else betas,
+        args.adam_epsilon if eps is None else eps,
+        args.weight_decay,
+        **options,
+    )
 
 
 def use_adam_mini(trainer: Trainer, preset: Preset = "snr", **options: Any) -> None:
@@ -118,12 +141,15 @@ def use_adam_mini(trainer: Trainer, preset: Preset = "snr", **options: Any) -> N
         options: as in `adam_mini`.
 
     Raises:
-        TypeError: as `adam_mini`.
+        ImportError: as `adam_mini`.
+        TypeError: as `adam_mini`, or no Trainer.
         ValueError: as `adam_mini`; the trainer has an optimizer, which it would go on to use, or
             another class for one.
 
     Source: arXiv 2406.16793, the update rule.
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"trainer: expected a Trainer, found {type(trainer).__name__}")
     if trainer.optimizer is not None:
         raise ValueError(
             "trainer: expected one without an optimizer, found "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +16,6 @@ from .transformers_callback import (
     mean_over_ranks,
 )
 
-_logger = logging.getLogger(__name__)
-
 
 class LengthTriggeredLRCallback(StatefulCallback):
     """Decays the learning rate once the mean response length surges.
@@ -31,7 +28,10 @@ class LengthTriggeredLRCallback(StatefulCallback):
     a step, else `warmup` counts logs. Whoever computes lengths otherwise (in a reward function)
     calls `observe` in each step, with `metric=None`.
 
-    The state is in every checkpoint, and resuming needs no flag.
+    The state is in every checkpoint, and resuming needs no flag. After a `train()` that raised, the
+    factor is still on its optimizer until `release`, or the next `train()` with this callback.
+
+        callback.add_to(trainer)    instead of callbacks=[callback]: W&B and TensorBoard log it, too
 
     Args:
         metric: key in the logs, mean response length in tokens; the default is that of TRL. None
@@ -43,8 +43,9 @@ class LengthTriggeredLRCallback(StatefulCallback):
         **detector: arguments of LengthDetector; its steps are the Trainer's `global_step`.
 
     Raises:
+        TypeError: a metric that is no string.
         ValueError: an argument out of range, or a metric of `joint` without its key; when training
-            begins, a second such callback, or DeepSpeed.
+            begins, a second such callback, or DeepSpeed; when it is added during training.
 
     Source: arXiv 2602.01826; see LengthDetector.
     """
@@ -60,6 +61,15 @@ class LengthTriggeredLRCallback(StatefulCallback):
         grad_norm_metric: str | None = None,
         **detector: Any,
     ) -> None:
+        super().__init__()
+        for name, key in (
+            ("metric", metric),
+            ("truncated_metric", truncated_metric),
+            ("mismatch_metric", mismatch_metric),
+            ("grad_norm_metric", grad_norm_metric),
+        ):
+            if key is not None and not isinstance(key, str):
+                raise TypeError(f"{name}: expected a key of the logs or None, found {key!r}")
         self.metric = metric
         self.truncated_metric = truncated_metric
         self.detector = LengthDetector(**detector)
@@ -80,7 +90,7 @@ class LengthTriggeredLRCallback(StatefulCallback):
         self._rate = StepFactor(lambda: self.factor)
         self._seen: dict[str, Any] = {}  # logged since the last observation
         self._observed: list[tuple[float | None, ...]] = []  # in this step
-        self._warned = False
+        self._unseen: list[str] = []  # of the keys, what no observation of this run had
 
     @property
     def factor(self) -> float:
@@ -98,6 +108,7 @@ class LengthTriggeredLRCallback(StatefulCallback):
         """Records lengths of the current step, on this process; several calls are averaged.
 
         What was observed by the end of the step, over all processes, counts as its observation.
+        What is observed between steps does not: an evaluation calls the loss function, too.
 
         Args:
             mean_length: tokens.
@@ -127,14 +138,18 @@ class LengthTriggeredLRCallback(StatefulCallback):
                 f"{type(optimizer).__name__}; train with DDP or FSDP2 instead of DeepSpeed"
             )
         super().on_train_begin(args, state, control, **kwargs)
+        if self.metric is not None:
+            self.expect_logs(args, state)
         self._seen.clear()
-        self._observed.clear()
+        self._unseen = [key for key in self._keys if key is not None]
         self._rate.attach([getattr(optimizer, "optimizer", optimizer)])  # not Accelerate's wrapper
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
         self._step = state.global_step
+        self._observed.clear()  # of an evaluation
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
@@ -156,42 +171,61 @@ class LengthTriggeredLRCallback(StatefulCallback):
         self._seen.update(logs)
         if "loss" not in logs:  # an evaluation, or what a loss function logs on its way
             return
-        others = [self._joint[name] for name in self.detector.joint]
+        self.refuse_late(state)
         if self.metric is not None:
-            keys = (self.metric, self.truncated_metric, *others)
-            if not self._record(args, [self._seen.get(key) for key in keys]):
-                self._warn([key for key in (self.metric, *others)], self._seen)
+            self._record(args, [self._seen.get(key) for key in self._keys])
+            self._warn(self._unseen)
         elif not self.detector.observations:
-            self._warn(["observe(...) in each step"], self._seen)
+            self._warn(["observe(...) in each step"])
         self._seen.clear()
         add_to_logs(state, logs, {"length_lr_factor": self.factor})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Takes the factor off the optimizer: after a `train()` that raised, for another callback.
+
+        At the end of a `train()` that did not, it is off already.
+        """
         self._rate.release()
 
-    def _record(self, args: TrainingArguments, found: list[float | None]) -> bool:
-        """Observes the means over the ranks; False if there is no length, or not all of `joint`."""
+    @property
+    def _keys(self) -> list[str | None]:
+        """Of the logs: the length, the truncated share, and what `joint` reads."""
+        return [
+            self.metric,
+            self.truncated_metric,
+            *(self._joint[name] for name in self.detector.joint),
+        ]
+
+    def _record(self, args: TrainingArguments, found: list[float | None]) -> None:
+        """Observes the means over the ranks, if there is a length, and all of `joint`."""
         # a length that is not finite is none; of the others it is a sign
         found[:2] = [
             None if value is None or not math.isfinite(value) else value for value in found[:2]
         ]
-        length, truncated, *numbers = mean_over_ranks(args, found)
+        means = mean_over_ranks(args, found)
+        length, truncated, *numbers = means
         if length is None or None in numbers:
-            return False
+            return
+        there = [key for key, mean in zip(self._keys, means, strict=True) if mean is not None]
+        self._unseen = [key for key in self._unseen if key not in there]
         joint = dict(zip(self.detector.joint, numbers, strict=True))
         self.detector.observe(length, truncated, step=self._step, **joint)
         self.store()
-        return True
 
-    def _warn(self, expected: list[str], logs: Mapping[str, Any]) -> None:
-        if not self._warned:
-            self._warned = True
-            _logger.warning(
-                "expected finite %s in the logs, found: %s; lengths go unwatched",
-                ", ".join(expected),
-                ", ".join(logs),
+    def _warn(self, missing: list[str]) -> None:
+        if missing:
+            what = "truncation goes" if missing == [self.truncated_metric] else "lengths go"
+            self.warn_once(
+                what,
+                "expected finite %s in the logs, found: %s; %s unwatched",
+                ", ".join(missing),
+                ", ".join(self._seen),
+                what,
             )
 
     def rearm(self) -> None:

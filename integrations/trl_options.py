@@ -60,7 +60,8 @@ class StabilityOptions:
             max_completion_length unless given.
         monitors: a `StabilityWatch`, which judges every training log (so logging_steps=1 judges
             every step). Beside TRL's numbers it reads `grad_norm`, and where a monitor asks for
-            them `variance/*`, `mismatch/*` and `coupling/*`.
+            them `variance/*`, `mismatch/*` and `coupling/*`; not the gradient norm of a step that
+            fp16's scaler has skipped. Instead of a StabilityMonitorCallback, not beside one.
         stop_on_alarm: ends training when the watch has tripped.
 
     Raises:

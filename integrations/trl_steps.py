@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..optim import LengthDetector, StepFactor
 from ..stability import MismatchReport
+from .transformers_callback import overflow_was_skipped
+from .transformers_monitor import StabilityMonitorCallback
 from .trl_options import StabilityOptions
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class StepsMixin:
         self._lengths: list[tuple[int, bool]] = []  # of a row: generated tokens, cut off
         self._window: Tensor | None = None  # of the step: tokens, truncated rows, rows
         self._mismatch: MismatchReport | None = None  # of the step
+        self._fresh: dict[str, Any] | None = None  # states before the first train()
         self._rate = StepFactor(lambda: self._detector.factor_at(self.state.global_step))
         self._rated: Any = None
         if self.stability.length_trigger is not None:
@@ -118,7 +121,25 @@ class StepsMixin:
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As GRPOTrainer; afterwards, and after an error, the optimizer's rate is its own."""
+        """As GRPOTrainer; what rate and monitors have seen is of this run, or of its checkpoint.
+
+        Afterwards, and after an error, the optimizer's rate is its own.
+
+        Raises:
+            ValueError: a StabilityMonitorCallback beside `monitors`.
+        """
+        callbacks = self.callback_handler.callbacks
+        if self.stability.monitors is not None and any(
+            isinstance(callback, StabilityMonitorCallback) for callback in callbacks
+        ):
+            raise ValueError(
+                "monitors: expected one watch, found a StabilityMonitorCallback among the "
+                "callbacks, too; leave one of the two out"
+            )
+        if self._fresh is None:
+            self._fresh = {name: part.state_dict() for name, part in self._stateful().items()}
+        for name, part in self._stateful().items():
+            part.load_state_dict(self._fresh[name])
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -137,7 +158,9 @@ class StepsMixin:
             finite = [value for value in values if value == value]
             if finite:
                 numbers[name] = sum(finite) / len(finite)
-        if "grad_norm" in logs:
+        if overflow_was_skipped(self.optimizer, logs.get("grad_norm")):
+            del numbers["grad_norm"]  # fp16's scaler adapts
+        elif "grad_norm" in logs:
             numbers["variance/signal"] = logs["grad_norm"] ** 2
         watch = self.stability.monitors
         verdict = watch.judge(numbers)

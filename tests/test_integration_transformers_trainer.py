@@ -27,8 +27,8 @@ from trainer_cases import (
     train_over_ranks,
     weights,
 )
-from transformers import Trainer, TrainerState, get_scheduler
-from transformers.trainer_utils import SchedulerType
+from transformers import Trainer, TrainerCallback, TrainerState, get_scheduler
+from transformers.trainer_utils import HPSearchBackend, IntervalStrategy, SchedulerType
 
 from trimtab.integrations.transformers import (
     LengthTriggeredLRCallback,
@@ -100,6 +100,17 @@ def test_what_decays_is_what_the_trainer_decays(tmp_path, kind):
     assert found == named & set(Trainer.get_decay_parameter_names(None, model))
 
 
+def test_hyperparameter_search_sets_what_the_next_optimizer_has(tmp_path):
+    trainer = make(tmp_path, max_steps=1, lr_scheduler_type="constant")
+    trainer.model_init, trainer.hp_search_backend = language_model, HPSearchBackend.WANDB
+    for rate, decay, beta in ((0.5, 0.25, 0.8), (0.125, 0.5, 0.7)):
+        trial = {"learning_rate": rate, "weight_decay": decay, "adam_beta1": beta}
+        trainer._hp_search_setup(trial)
+        trainer.train()
+        decayed, _ = trainer.optimizer.param_groups
+        assert (decayed["lr"], decayed["weight_decay"], decayed["betas"][0]) == (rate, decay, beta)
+
+
 def test_lora_trains_its_own_matrices_in_bf16(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(causal_lm("llama_gqa"), peft.LoraConfig(task_type="CAUSAL_LM"))
@@ -157,6 +168,7 @@ def test_resuming_is_exact_with_and_without_the_flag(tmp_path, caplog, alone, fl
     factors = [entry["length_lr_factor"] for entry in logged]
     assert factors == [1, 1, 1, 0.5, 0.5]  # so the run was cut after the trigger, at step 1
     assert ("leaves this to the callback" in caplog.text) == flag
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks  # let go after training
 
 
 def test_callback_added_at_a_resume_starts_anew_and_is_saved(tmp_path, caplog):
@@ -276,6 +288,120 @@ def test_lengths_that_are_not_there_are_said_once(tmp_path, caplog):
     make(tmp_path, [rate], max_steps=2).train()
     assert caplog.text.count("expected finite my_length in the logs, found: loss") == 1
     assert rate.detector.observations == 0
+    rate = LengthTriggeredLRCallback(truncated_metric="cliped_ratio")
+    make(tmp_path, [rate], max_steps=2).train()
+    assert caplog.text.count("expected finite cliped_ratio in the logs, found: loss") == 1
+    assert caplog.text.count("truncation goes unwatched") == 1 and rate.detector.observations == 2
+
+
+def test_lengths_of_every_other_log_are_enough(tmp_path, caplog):
+    """As TRL logs them with num_iterations=2: where it has generated."""
+
+    class EveryOther(LengthTrainer):
+        def log(self, logs, start_time=None):
+            even = self.state.global_step % 2 == 0
+            (Trainer if even else LengthTrainer).log(self, logs, start_time)
+
+    rate = LengthTriggeredLRCallback()
+    make(tmp_path, [rate], kind=EveryOther, max_steps=4).train()
+    assert rate.detector.observations == 2 and "unwatched" not in caplog.text
+
+
+def test_what_is_observed_outside_of_a_step_does_not_count(tmp_path):
+    rate = LengthTriggeredLRCallback(None, warmup=4)
+    trainer = make(tmp_path, [rate], max_steps=4, eval_steps=1, eval_on_start=True)
+    trainer.args.eval_strategy, trainer.eval_dataset = IntervalStrategy.STEPS, rows()[:4]
+    loss_of, evaluated = trainer.compute_loss_func, []
+
+    def compute_loss(*args, **kwargs):  # the Trainer calls it in evaluations, too
+        evaluated.append(not trainer.model.training)
+        rate.observe(1000.0 if evaluated[-1] else 10.0)
+        return loss_of(*args, **kwargs)
+
+    trainer.compute_loss_func = compute_loss
+    rate.observe(1000.0)
+    trainer.train()
+    assert any(evaluated) and not all(evaluated)
+    assert rate.detector.observations == 4 and rate.detector.baseline == 10
+
+
+class At(TrainerCallback):
+    """Does something at the end of the first step."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.act()
+
+
+def test_optimizer_of_a_run_that_was_interrupted_can_be_released(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model = Bigram()
+    sgd = RecordingSGD(model.parameters(), lr=1e-2)
+    schedule = get_scheduler("constant", sgd)
+
+    def run(*added):
+        trainer = make(tmp_path, added, model=model, optimizer=None, max_steps=2)
+        trainer.optimizer, trainer.lr_scheduler = sgd, schedule
+        trainer.train()
+
+    first, second = callbacks()[0], callbacks()[0]
+    with pytest.raises(KeyboardInterrupt):
+        run(first, At(interrupt))
+    with pytest.raises(ValueError, match="release that one first"):
+        run(second)
+    first.release()
+    run(second)
+    assert second.detector.observations == 2 and not sgd._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    "changes", [dict(max_steps=1), dict(logging_steps=50)], ids=["log", "step"]
+)
+def test_callback_added_during_training_is_refused(tmp_path, which, changes):
+    late = callbacks()[which]
+    early = At(lambda: trainer.add_callback(late))
+    trainer = make(tmp_path, [early], model=Bigram(), optimizer=None, **changes)
+    with pytest.raises(ValueError, match="begins, found it added during training"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    "changes, silent",
+    [
+        (dict(logging_strategy="no"), True),
+        (dict(logging_steps=5), True),
+        (dict(logging_strategy="no", logging_first_step=True), False),
+        (dict(logging_steps=4), False),
+        (dict(logging_strategy="epoch"), False),
+    ],
+)
+def test_callbacks_that_will_not_see_a_log_say_so_once(tmp_path, caplog, changes, silent):
+    added = [*callbacks(), Recorder()]
+    quick = dict(model=Bigram(), optimizer=None, max_steps=4)
+    trainer = make(tmp_path, added, **quick, **changes)
+    trainer.train()
+    trainer.train()
+    assert caplog.text.count("of which there will be none") == (2 if silent else 0)
+    assert any("loss" in log for log in added[-1].logs) != silent
+
+
+def test_callbacks_behind_those_that_report_say_so_once(tmp_path, caplog):
+    for ahead in (True, False):
+        added = callbacks()
+        trainer = make(tmp_path, () if ahead else added, model=Bigram(), optimizer=None)
+        trainer.args.report_to, trainer.args.max_steps = ["wandb"], 1
+        for callback in added if ahead else ():
+            callback.add_to(trainer)
+        trainer.train()
+        trainer.train()
+        assert caplog.text.count("wandb, which report_to asks for, come") == (0 if ahead else 2)
 
 
 # The monitors
@@ -319,6 +445,44 @@ def test_alarm_stops_when_it_is_to(tmp_path, caplog, on_alarm, patience, last):
     assert [entry["stability/state"] for entry in seen] == states  # reporters have it, too
     assert monitor.verdict.reading.metrics["grad_norm"] == 100
     assert "grad_norm/relative 100" in caplog.text and ("stopping" in caplog.text) == (last < 7)
+
+
+class OverflowingTrainer(LengthTrainer):
+    """Gradients of the second and fourth step overflow."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * math.inf if self.state.global_step in (1, 3) else loss
+
+
+class ScalingTrainer(OverflowingTrainer):
+    """With fp16's scaler, as far as accelerate lets it onto a CPU: nothing else is fp16."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_step_that_the_scaler_skips_is_no_alarm(tmp_path, caplog, logging_steps):
+    monitor = StabilityMonitorCallback([GradientNormMonitor(window=4)], on_alarm="stop")
+    changes = dict(kind=ScalingTrainer, max_steps=6, logging_steps=logging_steps)
+    trainer = make(tmp_path, [monitor], **changes)
+    trainer.train()
+    logged = history(trainer)
+    assert [entry["step"] for entry in logged] == list(range(logging_steps, 7, logging_steps))
+    skipped = {entry["step"] for entry in logged if not math.isfinite(entry["grad_norm"])}
+    assert skipped == {2, 4} and all(entry["stability/state"] == 0 for entry in logged)
+    assert len(monitor.state_dict()["monitors"]["GradientNormMonitor"]["norms"]) == len(logged) - 2
+    assert caplog.text.count("step 2: its gradients overflowed") == 1
+    assert "step 4" not in caplog.text and "none of its numbers" not in caplog.text
+
+
+def test_overflow_without_a_scaler_stops(tmp_path):
+    monitor = StabilityMonitorCallback([GradientNormMonitor(window=4)], on_alarm="stop")
+    trainer = make(tmp_path, [monitor], kind=OverflowingTrainer)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_monitor_without_its_numbers_says_so_once(tmp_path, caplog):
@@ -420,6 +584,11 @@ def with_deepspeed(args):
         (lambda a: adam_mini(a, fused=True), TypeError, "options: expected some of"),
         (lambda a: adam_mini("out"), TypeError, "args: expected TrainingArguments, found str"),
         (lambda a: adam_mini(a, max_grad_norm=1.0), ValueError, "max_grad_norm: expected one"),
+        (lambda a: use_adam_mini(language_model()), TypeError, "trainer: expected a Trainer"),
+        (lambda a: adam_mini(a, "bogus"), ValueError, "preset: expected one of"),
+        (lambda a: adam_mini(a, betas=(2, 3)), ValueError, "betas"),
+        (lambda a: adam_mini(a, momentum_dtype="x"), ValueError, "momentum_dtype: expected"),
+        (lambda a: adam_mini(a, blocks={}), TypeError, "blocks: expected a BlockMap or None"),
         (lambda a: adam_mini(with_deepspeed(a)), ValueError, "found DeepSpeed; use fsdp=True"),
         (
             lambda a: StabilityMonitorCallback([GradientNormMonitor()], on_alarm="roll_back"),
@@ -428,6 +597,7 @@ def with_deepspeed(args):
         ),
         (lambda a: StabilityMonitorCallback([]), ValueError, "monitors: expected"),
         (lambda a: LengthTriggeredLRCallback(ratio=0.5), ValueError, "ratio: expected"),
+        (lambda a: LengthTriggeredLRCallback(3), TypeError, "metric: expected a key .* found 3"),
         (
             lambda a: LengthTriggeredLRCallback(joint={"mismatch": 2.0}),
             ValueError,
@@ -468,7 +638,7 @@ def test_what_the_trainer_cannot_take_is_refused(tmp_path, monkeypatch):
         rate.on_train_begin(trainer.args, trainer.state, None, optimizer=None)
 
 
-def test_one_line_without_accelerate_or_with_another_transformers(monkeypatch):
+def test_one_line_without_accelerate_or_with_another_transformers(tmp_path, monkeypatch):
     front = importlib.import_module("trimtab.integrations.transformers")
     with monkeypatch.context() as patch:
         patch.setattr(front, "is_accelerate_available", lambda: False)
@@ -479,6 +649,9 @@ def test_one_line_without_accelerate_or_with_another_transformers(monkeypatch):
         from trimtab.integrations.transformers import pruned_generation  # noqa: F401
     with pytest.raises(AttributeError, match="no attribute 'adam_maxi'"):
         front.adam_maxi  # noqa: B018
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.1.0")
+    with pytest.raises(ImportError, match=r"transformers: expected .* from 5.2 on .* 5.1.0"):
+        use_adam_mini(make(tmp_path, optimizer=None))
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"transformers: expected a version from 5.0 on") as error:
         importlib.reload(front)
@@ -495,3 +668,6 @@ def test_one_line_without_accelerate_or_with_another_transformers(monkeypatch):
 #   transformers_rate.py: self._rate.attach(...)  ->  removed
 #   transformers_optimizer.py: _expect_shards  ->  does nothing        (whole parameters stay)
 #   transformers_optimizer.py: args.weight_decay  ->  0.0
+#   transformers_rate.py: self.release() in on_train_end  ->  pass
+#   transformers_rate.py: self._observed.clear()  # of an evaluation  ->  removed
+#   transformers_callback.py: overflow_was_skipped  ->  False always

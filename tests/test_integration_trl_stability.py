@@ -23,8 +23,10 @@ from trl_stability_workers import (
 )
 
 from trimtab.integrations._versions import require
+from trimtab.integrations.transformers import StabilityMonitorCallback
 from trimtab.integrations.trl import (
     SharedPrefixGRPOTrainer,
+    StabilityGRPOTrainer,
     StabilityMixin,
     StabilityOptions,
 )
@@ -439,7 +441,12 @@ def test_rate_state_and_watch_after_a_resume(tmp_path):
         for name in expected.keys() - {"step_time"}:
             assert found[name] == expected[name], name
     assert not resumed.optimizer.optimizer._optimizer_step_pre_hooks  # let go after training
-    (tmp_path / "checkpoint-2" / "trimtab_stability.json").unlink()
+
+    whole.args.max_steps = 1  # a run of its own knows nothing of the one before
+    assert [log["length_lr_factor"] for log in train(whole)] == [1.0]
+    assert whole._detector.observations == 1 and whole._detector.triggered_at is None
+    norms = whole.stability.monitors.state_dict()["monitors"]["GradientNormMonitor"]["norms"]
+    assert len(norms) == 1
 
 
 def test_factor_is_on_the_step_that_the_optimizer_takes(tmp_path):
@@ -462,6 +469,43 @@ def test_alarm_is_said_and_ends_training(tmp_path, caplog):
         logs = train(trainer)
     assert len(logs) == 2 and trainer.state.global_step == 2
     assert "entropy is collapsing" in caplog.text
+
+
+class OverflowingTrainer(StabilityGRPOTrainer):
+    """The gradients of the second step overflow; with fp16's scaler, nothing else is fp16."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == 1:
+            next(self.model.parameters()).grad.fill_(math.inf)
+        return loss
+
+
+def test_step_that_the_scaler_skips_is_no_alarm(tmp_path):
+    watch = StabilityWatch([GradientNormMonitor(window=4)])
+    trainer, _ = trainer_of(
+        tmp_path,
+        kind=OverflowingTrainer,
+        args=dict(max_steps=3),
+        monitors=watch,
+        stop_on_alarm=True,
+    )
+    logs = train(trainer)
+    assert [math.isfinite(log["grad_norm"]) for log in logs] == [True, False, True]
+    assert [log["stability/state"] for log in logs] == [0, 0, 0]
+    assert len(watch.state_dict()["monitors"]["GradientNormMonitor"]["norms"]) == 2
+
+
+def test_two_watches_are_refused(tmp_path):
+    trainer, _ = trainer_of(tmp_path, monitors=StabilityWatch([GradientNormMonitor()]))
+    trainer.add_callback(StabilityMonitorCallback([GradientNormMonitor()]))
+    with pytest.raises(ValueError, match="monitors: expected one watch, found a StabilityMonitorC"):
+        train(trainer)
+    assert trainer.optimizer is None
 
 
 SMALL = dict(per_device_train_batch_size=4)
@@ -526,5 +570,6 @@ def test_names_types_and_versions_that_are_refused():
 #   start = process_index * len(inputs)         ->  start = 0                   (groups by rank)
 #   mask = mask & keep[:, None]                 ->  removed
 #   trl_steps.py: step = global_step - 1        ->  global_step
-#   trl_steps.py: part.load_state_dict(...)     ->  pass
+#   trl_steps.py: part.load_state_dict(...)     ->  pass   (either of the two)
+#   trl_steps.py: del numbers["grad_norm"]      ->  pass
 #   trl_options.py: args.min_p = options.rho    ->  removed
