@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,28 @@ def run_ranks(function: Callable[..., None], args: tuple[Any, ...], ranks: int) 
     _start_server()
     environment = dict(os.environ)
     start_processes(_call, (environment, function, args), ranks, start_method="forkserver")
+
+
+def check_names(worlds: list[tuple[Any, list[Any]]], check_id: Callable[..., str]) -> list[str]:
+    """Ids of all checks of all worlds, for pytest."""
+    return [check_id(world, check) for world, checks in worlds for check in checks]
+
+
+def passed_checks(
+    run: Callable[..., None], worlds: list[tuple[Any, list[Any]]], folder: Path
+) -> tuple[list[str], str]:
+    """The names of the checks that passed, and what ended the run, if anything did.
+
+    Calls `run(rank, folder, worlds)` in as many processes as the largest world has (its first
+    number); it notes in folder/passed what has passed.
+    """
+    failure = ""
+    try:
+        run_ranks(run, (str(folder), worlds), max(world[0] for world, _ in worlds))
+    except Exception as error:
+        failure = str(error)
+    passed = folder / "passed"
+    return passed.read_text().split() if passed.exists() else [], failure
 
 
 def _start_server() -> None:
