@@ -219,7 +219,7 @@ def test_metrics_of_a_sharded_model(ranks):
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_are_not_exact_are_refused(strategy):
-    with pytest.raises(ValueError, match=f"got {strategy.__name__}"):
+    with pytest.raises(ValueError, match=f"found {strategy.__name__}"):
         _refuse_strategy(strategy.__new__(strategy))  # they want a GPU, and DeepSpeed itself
 
 

@@ -130,13 +130,13 @@ def named(out, grads, buffers):
     return found
 
 
-def check(case, backend, **options):
+def check(case, backend, slack=4.0, **options):
     found, same = run(case, backend, **options), run_reference(case, **options)
     truth = run_reference(cast(case, FP64), **options)
     assert found.keys() == same.keys()
     for name, x in found.items():
         assert x.dtype == same[name].dtype, name
-        assert_as_close_as(x, same[name], truth[name], name=name)
+        assert_as_close_as(x, same[name], truth[name], name=name, slack=slack)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -183,7 +183,7 @@ def test_large_scores(backend, device):
     """Far beyond where exp overflows; so that a maximum and a log-sum-exp are really taken off."""
     case = example(SHAPES["three-segments"], device)
     case.rows = [case.rows[0] * 30, *case.rows[1:]]
-    check(case, backend)
+    check(case, backend, slack=16.0)  # an ulp of such scores is much of a probability
 
 
 @both_backends

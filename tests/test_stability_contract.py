@@ -195,6 +195,7 @@ def test_the_cases_are_all_there_are():
         "DEFAULT_RHO", "PrunedStatistics", "Reading", "MismatchReport", "overall",  # no functions
         "ClipEntropyMonitor", "GradientNormMonitor", "MismatchMonitor", "SignLengthMonitor",
         "VarianceMonitor",  # test_monitors.py
+        "HOST_NAMES", "StabilityWatch", "Verdict",  # test_watch.py
         "apply_weights", "broadcast_advantages", "logit_gradient_proxy", "trust_region_bounds",
         "linear_response_statistics", "response_statistics", "pruned_statistics",
         "replayed_statistics", "pad_support", "pruning_metrics",  # their inputs are logits
