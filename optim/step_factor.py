@@ -36,7 +36,9 @@ class StepFactor:
     def __init__(self, factor: Callable[[], float]) -> None:
         self._factor = factor
         self._hooks: list[Any] = []
-        self._unscaled: list[tuple[dict[str, Any], Any, Any]] = []  # group, lr, scaled lr
+        # Group, lr, and what it is while the step runs: a number, or a tensor and its count of
+        # in-place changes, which to read does not wait for a device.
+        self._unscaled: list[tuple[dict[str, Any], Any, Any]] = []
         self._said_changed = False
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
@@ -80,15 +82,16 @@ class StepFactor:
                 tensors.add(id(lr))
                 before = lr.clone()
                 lr.mul_(factor)  # in place: compiled optimizers hold on to the tensor
-                self._unscaled.append((group, before, lr.clone()))
+                self._unscaled.append((group, before, (id(lr), lr._version)))
 
     def _restore(self, *_: Any) -> None:
         while self._unscaled:
             group, lr, scaled = self._unscaled.pop()
-            if bool(group["lr"] != scaled):
-                self._say_changed(lr, group["lr"])
+            now = group["lr"]
+            if ((id(now), now._version) if isinstance(now, Tensor) else now) != scaled:
+                self._say_changed(lr, now)
             elif isinstance(lr, Tensor):
-                group["lr"].copy_(lr)
+                now.copy_(lr)
             else:
                 group["lr"] = lr
 

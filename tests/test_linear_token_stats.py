@@ -104,7 +104,8 @@ def leaves(*tensors):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"N{s[0]}-V{s[1]}-D{s[2]}")
 @both_paths
 def test_matches_reference(fn, shape, prune, dtype, device):
-    check_against_reference(fn, shape, device, dtype=dtype, prune=prune, temperature=1.3)
+    # PyTorch's product rounds otherwise with AVX2 than with AVX-512, and then errs less
+    check_against_reference(fn, shape, device, dtype=dtype, prune=prune, temperature=1.3, slack=4.0)
 
 
 # past one tile of 512 x 1024 in both directions; the largest vocabulary; thousands of tokens
@@ -131,12 +132,12 @@ def test_tiles_of_their_real_size_match_reference(shape, device, monkeypatch):
 def test_options_match_reference(fn, options, device):
     # cold: the kernel knows p = exp(z / T - lse) to an ulp of z / T, of hundreds here, and the
     # gradient is 1 / T times that; PyTorch takes the maximum off first
-    slack = 128.0 if options.get("temperature", 1.0) < 0.1 else 4.0
+    slack = 128.0 if options.get("temperature", 1.0) < 0.1 else 2.0
     check_against_reference(fn, (37, 101, 24), device, dtype=torch.float32, slack=slack, **options)
 
 
 def check_against_reference(
-    fn, shape, device, *, dtype, bias=False, scale=1.0, slack=4.0, **options
+    fn, shape, device, *, dtype, bias=False, scale=1.0, slack=2.0, **options
 ):
     hidden, weight, offsets, labels = example(shape, device, dtype=dtype, scale=scale)
     offsets *= scale

@@ -130,7 +130,7 @@ def named(out, grads, buffers):
     return found
 
 
-def check(case, backend, slack=4.0, **options):
+def check(case, backend, slack=2.0, **options):
     found, same = run(case, backend, **options), run_reference(case, **options)
     truth = run_reference(cast(case, FP64), **options)
     assert found.keys() == same.keys()

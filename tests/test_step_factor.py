@@ -42,8 +42,6 @@ def gradient(step):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_it_is_exact_under_every_schedule(name, tensor):
     """The rate of a step is the schedule's own, times the factor; SGD's formula by hand."""
-    if tensor and name in ("one-cycle", "cyclic", "sequential"):
-        pytest.skip("torch's own schedule replaces or refuses a tensor")
     twin = torch.nn.Parameter(torch.ones(3))
     alone = optimizer_of(twin, torch.tensor(0.05) if tensor else 0.05)
     schedule_alone = SCHEDULES[name](alone)
