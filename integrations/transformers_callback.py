@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class _Saved(dict):
     owner: StatefulCallback | None = None
 
 
-class StatefulCallback(TrainerCallback):
+class StatefulCallback(TrainerCallback, ABC):
     """A callback whose state is in every checkpoint and comes back at every resume.
 
     Subclasses have a `state_key`, `state_dict()` of JSON, `load_state_dict(state)`, and call
@@ -149,13 +150,13 @@ class StatefulCallback(TrainerCallback):
             f"callbacks: expected one {type(self).__name__}, found a second; leave one in"
         )
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far, as JSON; the constructor's arguments are not part of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned; the Trainer's resume does so by itself."""
-        raise NotImplementedError
 
 
 def distribution() -> str:

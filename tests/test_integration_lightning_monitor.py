@@ -320,6 +320,6 @@ def test_two_processes_are_one(tmp_path):
 # Edits to integrations/lightning_monitor.py that must turn this file red:
 #   1. _roll_back: do not load the schedulers
 #   2. _roll_back: do not load the monitors' state
-#   3. on_train_batch_end: judge every batch
+#   3. on_train_batch_end: judge every batch, whether it stepped or not
 #   4. _numbers: without mean_over_ranks
-#   5. _keep: do not remove the one before
+#   5. _confirm: do not remove the one before
