@@ -7,10 +7,12 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,53 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from .loop import SHOWN, RLModule
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C within the block acts at its end; only the main thread gets one, and may ask so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(*came[0])
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's, and Ctrl-C ends the run: within its writer's queue, it left the queue's lock
+    taken or its count wrong, and the writer's end waited for ever."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with interrupts_deferred():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        with interrupts_deferred():
+            super().log_hyperparams(*args, **kwargs)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with interrupts_deferred():
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        with interrupts_deferred():
+            super().finalize(status)
 
 
 class RunFolder:

@@ -14,7 +14,6 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import Callback, Checkpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -31,6 +30,7 @@ from .recording import (
     MetricsWriter,
     ProgressBar,
     RunFolder,
+    TensorBoard,
     TranscriptWriter,
     progress_display,
     read_rows,
@@ -183,7 +183,7 @@ class Run:
         try:
             return pl.Trainer(
                 max_epochs=1,
-                logger=TensorBoardLogger(
+                logger=TensorBoard(
                     folder.path, name="", version="tensorboard", purge_step=self.updates_done + 1
                 ),
                 callbacks=callbacks,

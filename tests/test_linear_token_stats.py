@@ -104,8 +104,7 @@ def leaves(*tensors):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"N{s[0]}-V{s[1]}-D{s[2]}")
 @both_paths
 def test_matches_reference(fn, shape, prune, dtype, device):
-    # PyTorch's product rounds otherwise with AVX2 than with AVX-512, and then errs less
-    check_against_reference(fn, shape, device, dtype=dtype, prune=prune, temperature=1.3, slack=4.0)
+    check_against_reference(fn, shape, device, dtype=dtype, prune=prune, temperature=1.3)
 
 
 # past one tile of 512 x 1024 in both directions; the largest vocabulary; thousands of tokens
@@ -130,46 +129,60 @@ def test_tiles_of_their_real_size_match_reference(shape, device, monkeypatch):
 )
 @both_paths
 def test_options_match_reference(fn, options, device):
-    # cold: the kernel knows p = exp(z / T - lse) to an ulp of z / T, of hundreds here, and the
-    # gradient is 1 / T times that; PyTorch takes the maximum off first
-    slack = 128.0 if options.get("temperature", 1.0) < 0.1 else 2.0
-    check_against_reference(fn, (37, 101, 24), device, dtype=torch.float32, slack=slack, **options)
+    check_against_reference(fn, (37, 101, 24), device, dtype=torch.float32, **options)
 
 
-def check_against_reference(
-    fn, shape, device, *, dtype, bias=False, scale=1.0, slack=2.0, **options
-):
+ORDERS = 8  # of the sums over D: how much one of them errs is luck, up to 29 times when cold
+
+
+def check_against_reference(fn, shape, device, *, dtype, bias=False, scale=1.0, **options):
+    """The kernel errs at most 4 times as much as the worst of the reference's orders."""
     hidden, weight, offsets, labels = example(shape, device, dtype=dtype, scale=scale)
     offsets *= scale
     if shape[0] > 2:
         labels[2] = -100
 
-    def outputs(fn, dtype):
-        inputs = leaves(hidden.to(dtype), weight.to(dtype), offsets.to(dtype))
+    def outputs(fn, dtype, order=None):
+        h, w = (hidden, weight) if order is None else (hidden[:, order], weight[:, order])
+        inputs = leaves(h.to(dtype), w.to(dtype), offsets.to(dtype))
         used = inputs if bias else inputs[:2]
         stats = fn(*inputs[:2], labels, bias=inputs[2] if bias else None, **options)
-        grads = {name: grads_of(stats, used, {name: g}) for name, g in upstream_of(stats).items()}
-        grads["three"] = grads_of(stats, used, upstream_of(stats, DIFFERENTIABLE[:3]))
-        grads["all"] = grads_of(stats, used, upstream_of(stats))
+        upstreams = {name: {name: g} for name, g in upstream_of(stats).items()}
+        upstreams["three"] = upstream_of(stats, DIFFERENTIABLE[:3])
+        upstreams["all"] = upstream_of(stats)
+        grads = {}
+        for name, upstream in upstreams.items():
+            for which, grad in zip(("hidden", "weight", "bias"), grads_of(stats, used, upstream)):
+                ordered = order is not None and which != "bias"
+                grads[name, which] = grad[:, order.argsort()] if ordered else grad
         return stats, grads
 
+    torch.manual_seed(2)
+    orders = [torch.randperm(shape[2], device=device) for _ in range(ORDERS)]
     kernel, kernel_grads = outputs(fn, dtype)
-    reference, reference_grads = outputs(linear_token_stats_reference, dtype)
+    references = [outputs(linear_token_stats_reference, dtype, order) for order in orders]
     truth, truth_grads = outputs(linear_token_stats_reference, torch.float64)
-    for name, k, r, t in zip(TokenStats._fields, kernel, reference, truth, strict=True):
+
+    def check(k, rs, t, name):
+        worst = max(rs, key=lambda r: (r.double() - t).abs().max().item())
+        assert_as_close_as(k, worst, t, name=name, slack=4.0)
+
+    for i, (name, k, t) in enumerate(zip(TokenStats._fields, kernel, truth, strict=True)):
         if t is None:
             assert k is None or name == "skipped_fraction"
         elif t.is_floating_point():
             assert k.dtype == torch.float32
-            assert_as_close_as(k, r, t, name=name, slack=slack)
+            check(k, [reference[i] for reference, _ in references], t, name)
         else:
             torch.testing.assert_close(k, t, msg=name)
-    for name, ts in truth_grads.items():
-        for which, k, r, t in zip(
-            ("hidden", "weight", "bias"), kernel_grads[name], reference_grads[name], ts
-        ):
-            assert k.dtype == dtype
-            assert_as_close_as(k, r, t, name=f"grad of {name} for {which}", slack=slack)
+    for name, t in truth_grads.items():
+        assert kernel_grads[name].dtype == dtype
+        check(
+            kernel_grads[name],
+            [grads[name] for _, grads in references],
+            t,
+            f"grad of {' for '.join(name)}",
+        )
 
 
 @pytest.mark.parametrize("prune", [None, 0.1], ids=["whole", "pruned"])

@@ -1,15 +1,19 @@
 import json
 import logging
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from trimtab.rl import Problem, Sample
 from trimtab.rl.recording import (
     MetricsWriter,
     ProgressLines,
     RunFolder,
+    TensorBoard,
     TranscriptWriter,
     read_rows,
     replace_text,
@@ -256,7 +260,50 @@ def test_table_prints_the_figures(capsys, tmp_path):
     assert "held-out" not in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("log_metrics", ({"reward": 1.0}, 1)),
+        ("log_hyperparams", ({"seed": 1},)),
+        ("save", ()),
+        ("finalize", ("success",)),
+    ],
+)
+def test_ctrl_c_waits_until_the_logger_is_done(name, arguments, tmp_path, monkeypatch):
+    """An interrupt within TensorBoard's queue left its lock taken: a run of ours then hung."""
+    done = []
+
+    def interrupted(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        done.append(args)
+
+    monkeypatch.setattr(TensorBoardLogger, name, interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(TensorBoard(tmp_path), name)(*arguments)
+    assert done == [arguments] and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_what_the_logger_raises_passes_and_other_threads_log(tmp_path, monkeypatch):
+    board = TensorBoard(tmp_path, name="", version="")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(board.log_metrics, {"reward": 1.0}, 1).result()
+    board.finalize("success")
+    assert list(tmp_path.glob("events*"))
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TensorBoardLogger, "save", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TensorBoard(tmp_path).save()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 # Edits that must turn this file red:
+#   rl/recording.py: with interrupts_deferred()                           ->  removed, anywhere
+#   rl/recording.py: signal.signal(signal.SIGINT, before)                 ->  removed
+#   rl/recording.py: the main thread's condition                          ->  removed
 #   rl/recording.py: reverse=True in newest_checkpoint                    ->  removed
 #   rl/recording.py: row["update"] <= updates                             ->  < updates
 #   rl/recording.py: if number < len(lines): raise                        ->  always raise
