@@ -96,8 +96,8 @@ class _AdamForm(MegatronOptimizer):
         moments = fold_moments(self.optimizer, sums)
         for number, own in state.items():
             step = own.get("step", common)
-            if step is None:  # Transformer Engine and Apex count in groups
-                step = group_of[number].get("step")
+            if step is None:  # Transformer Engine and Apex count in groups; Megatron omits a 0
+                step = group_of[number].get("step", 0)
             state[number] = {**own, "exp_avg_sq": moments[params[number]], "step": step}
         return {**saved, "state": state}
 
@@ -114,12 +114,21 @@ class _AdamForm(MegatronOptimizer):
         """What groups of Adam have not brought along."""
         if any(_BLOCKS not in group for group in self.optimizer.param_groups):
             logger.info("loaded a state of Adam, whose second moments were averaged over blocks")
+        own = self.optimizer.defaults
         for group in self.optimizer.param_groups:
-            group[_BLOCKS] = self._blocks
+            # what computes a step is a choice of this run
+            group.update({_BLOCKS: self._blocks, "fused": own["fused"], "foreach": own["foreach"]})
+
+    def restore_from_cpu(self) -> None:
+        steps = {param: state["step"] for param, state in self.optimizer.state.items()}
+        super().restore_from_cpu()
+        for param, step in steps.items():  # Megatron moves these to the GPU, too
+            self.optimizer.state[param]["step"] = step
 
 
 class _FP32(_AdamForm, FP32Optimizer):
     def state_dict(self) -> dict[str, Any]:
+        self.optimizer.init_state()  # a checkpoint of before the first step has to load, too
         return self._with_entries(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -129,6 +138,7 @@ class _FP32(_AdamForm, FP32Optimizer):
 
 class _Float16(_AdamForm, Float16OptimizerWithFloat16Params):
     def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        self.optimizer.init_state()  # as above
         saved = super().state_dict(is_loading)
         return {**saved, "optimizer": self._with_entries(saved["optimizer"])}
 
@@ -214,8 +224,15 @@ class _Distributed(_AdamForm, DistributedOptimizer):
         super().load_parameter_state_from_dp_reshardable(state_dict)
         self._fold()
 
-    def load_parameter_state_from_dp_zero(self, state_dict: Any, **options: Any) -> None:
-        super().load_parameter_state_from_dp_zero(state_dict, **options)
+    def load_parameter_state_from_dp_zero(
+        self, state_dict: Any, *, update_legacy_format: bool = False
+    ) -> None:
+        if update_legacy_format:  # Megatron then writes to the inner states itself
+            raise ValueError(
+                "update_legacy_format: expected False, found True: update the checkpoint with "
+                "Megatron's Adam, then load it here"
+            )
+        super().load_parameter_state_from_dp_zero(state_dict)
         self._fold()
 
 

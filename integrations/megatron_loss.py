@@ -32,6 +32,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ..rl.prefix_checks import check_statistics
 from ..stability import response_statistics
 from ..triton_kernels.token_stats import TokenStats
 from .megatron_model import unwrapped
@@ -96,6 +97,8 @@ def policy_loss_function(
             "loss would see parts of responses"
         )
     _check_vocabulary(vocab_size, gpt)
+    # here, on all stages: the others would wait for an error of the last one
+    check_statistics(temperature, prune)
     return _PolicyLoss(
         gpt=gpt,
         labels=labels,
@@ -122,6 +125,12 @@ class _PolicyLoss:
     count_tokens: bool
 
     def __call__(self, output_tensor: Tensor, non_loss_data: bool = False) -> Any:
+        for name in ("labels", "mask"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"{name}: expected [B, T] where the loss is taken, on the last stage of the "
+                    "pipeline (of a virtual one: in its last chunk), got None"
+                )
         logits, group = self._columns(output_tensor)
         stats = response_statistics(logits, self.labels, self.mask, group=group, **self.options)
         if non_loss_data:

@@ -46,6 +46,7 @@ _EXPECTED = {
     "decoupled_weight_decay": (True, "AdamMini decays weights, not gradients"),
     "use_precision_aware_optimizer": (False, "it keeps the fp32 weights in the optimizer replaced"),
     "optimizer_cpu_offload": (False, "AdamMini keeps its state where the weights are"),
+    "offload_optimizer_states": (False, "it would go on holding the optimizer replaced"),
     "use_layer_wise_distributed_optimizer": (False, "use use_distributed_optimizer=True"),
 }
 
@@ -235,10 +236,7 @@ def _blocks(
 def _check(
     config: OptimizerConfig, chunks: Sequence[DistributedDataParallel], pg_collection: Any
 ) -> None:
-    for name, (expected, why) in _EXPECTED.items():
-        found = getattr(config, name, expected)
-        if found != expected:
-            raise ValueError(f"config.{name}: expected {expected!r}, found {found!r}: {why}")
+    _check_config(config, "config")
     for chunk in chunks:
         if not isinstance(chunk, DistributedDataParallel):
             raise ValueError(
@@ -270,6 +268,13 @@ def _check(
             )
 
 
+def _check_config(config: OptimizerConfig, owner: str) -> None:
+    for name, (expected, why) in _EXPECTED.items():
+        found = getattr(config, name, expected)
+        if found != expected:
+            raise ValueError(f"{owner}.{name}: expected {expected!r}, found {found!r}: {why}")
+
+
 def _check_part(part: MegatronOptimizer) -> None:
     if type(part) not in _KINDS:
         if isinstance(getattr(part, "optimizer", None), AdamMini):
@@ -279,6 +284,7 @@ def _check_part(part: MegatronOptimizer) -> None:
     if type(part.optimizer).__name__ not in _ADAMS:
         found = type(part.optimizer).__name__
         raise ValueError(f"optimizer: expected an Adam to replace, found {found}")
+    _check_config(part.config, "optimizer.config")  # it may have been made with another one
     if part.optimizer.state:
         raise ValueError(
             "optimizer: expected one without state, found one that has been stepped or loaded; "

@@ -37,7 +37,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from ..rl.prefix_checks import check_options, prompt_tokens, response_tokens
+from ..rl.prefix_checks import check_options, check_statistics, prompt_tokens, response_tokens
 from ..rl.prefix_metrics import ForwardCost, PrefixMetrics, call_cost, expected_gain
 from ..rl.prefix_phases import Phase, PrefixStore
 from ..rl.prefix_waves import (
@@ -175,6 +175,7 @@ class MegatronSharedPrefix:
         prune: float | None = None,
     ) -> None:
         check_options(prefix_memory, wave_tokens, accum_dtype, min_bound, "never", "logits")
+        check_statistics(temperature, prune)  # else only the last stage of a pipeline would
         if prefix_memory != "recompute":
             raise ValueError(f"prefix_memory: expected 'recompute', got {prefix_memory!r}")
         self.model, self.gpt = unwrapped(model)

@@ -31,10 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..triton_kernels._rows import check_number, check_temperature
 from ..triton_kernels.prefix_attention import Packing
 from ..triton_kernels.token_stats import TokenStats
-from .prefix_checks import check_options, prompt_tokens, response_tokens
+from .prefix_checks import check_options, check_statistics, prompt_tokens, response_tokens
 from .prefix_host import ForwardResult, TransformersHost
 from .prefix_metrics import ForwardCost, PrefixMetrics, expected_gain
 from .prefix_parallel import Ranks
@@ -106,9 +105,7 @@ class SharedPrefix:
         router_loss: bool = False,
     ) -> None:
         check_options(prefix_memory, wave_tokens, accum_dtype, min_bound, verify, head)
-        check_temperature(temperature)
-        if prune is not None:
-            check_number(prune, "prune", 0, 1)
+        check_statistics(temperature, prune)
         self.host = TransformersHost(model, head, temperature, prune, router_loss)
         if prefix_memory == "offload" and self.host.sharded:
             raise ValueError(

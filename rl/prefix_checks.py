@@ -9,6 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..triton_kernels._rows import check_number, check_temperature
+
+
+def check_statistics(temperature: float, prune: float | None) -> None:
+    """Raises ValueError for options of token statistics, before anything has been computed."""
+    check_temperature(temperature)
+    if prune is not None:
+        check_number(prune, "prune", 0, 1)
+
 
 def check_options(
     prefix_memory: str,

@@ -475,6 +475,8 @@ def check_refusals():
     refused("'token_mean' needs calculate_per_token_loss=True", reduction="token_mean")
     for size in (0, V + 1):
         refused(f"vocab_size: expected.*above 0 and at most the model's {V}", vocab_size=size)
+    refused("temperature: expected a finite number", temperature=0.0)
+    refused(r"prune: expected a finite number in \(0, 1\), got 2.0", prune=2.0)
     config.context_parallel_size = 2
     refused("context_parallel_size is 2, expected 1")
     config.finalize_model_grads_func = finalize_model_grads
@@ -492,6 +494,10 @@ def check_refusals():
     with pytest.raises(ValueError, match=r"expected a GPTModel, alone or in .* got Linear"):
         policy_loss_function(torch.nn.Linear(2, 2), tokens, batch.mask, lambda s: s.logp.sum())
     logits = call(model, batch)
+    for labels, mask, name in ((None, batch.mask, "labels"), (batch.labels, None, "mask")):
+        unset = policy_loss_function(model, labels, mask, len, num_microbatches=1)
+        with pytest.raises(ValueError, match=f"{name}: expected .* on the last stage .* got None"):
+            unset(logits)
     for wrong in (logits[..., 0], logits[..., : V // 2 + 1]):
         with pytest.raises(ValueError, match=r"output_tensor: expected logits \[B, T, V\]"):
             function()(wrong)

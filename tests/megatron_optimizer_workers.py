@@ -28,7 +28,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
@@ -423,15 +423,15 @@ def check_interleaved_chunks(folder):
 # Checkpoints
 
 
-def saved_and_resumed(folder, case, kind, form, name):
+def saved_and_resumed(folder, case, kind, form, name, saved=SAVED):
     """A run that saves, and one that goes on from there, end at the same bits."""
     run = Run(folder, case, kind)
-    run.train(0, SAVED)
+    run.train(0, saved)
     run.save(folder / name, form)
-    run.train(SAVED)
+    run.train(saved)
     again = Run(folder, case, kind)
     again.load(folder / name, form)
-    again.train(SAVED)
+    again.train(saved)
     for (_, found, _), (_, expected, _) in zip(again.weights(), run.weights(), strict=True):
         assert torch.equal(found, expected)
 
@@ -450,6 +450,8 @@ def check_formats(folder):
     saved_and_resumed(folder, ROWS, "sharded", FULL, "dp2-sharded")
     with mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True):
         saved_and_resumed(folder, DENSE, "sharded", BY_BUCKET, "dp2-bucket")  # steps in groups
+    for kind, form in (("plain", None), ("sharded", FULL)):
+        saved_and_resumed(folder, DENSE, kind, form, f"dp2-{kind}-first", saved=0)
     run = Run(folder, DENSE, "sharded")
     for form in ("fully_sharded_model_space", None):
         with pytest.raises(ValueError, match=f"distrib_optim_sharding_type among .* .?{form}"):
@@ -458,9 +460,14 @@ def check_formats(folder):
 
 def check_more_formats(folder):
     saved_and_resumed(folder, HALF, "plain", None, "dp2-bf16")
+    saved_and_resumed(folder, HALF, "plain", None, "dp2-bf16-first", saved=0)
     saved_and_resumed(folder, HALF, "sharded", FULL, "dp2-sharded-bf16")
     saved_and_resumed(folder, HALF, "sharded", BY_BUCKET, "dp2-bucket-bf16")
     saved_and_resumed(folder, HALF, "sharded", GATHERED, "dp2-gathered")
+    run = Run(folder, HALF, "sharded")
+    run.optimizer.save_parameter_state(str(folder / "parameters"))
+    with pytest.raises(ValueError, match="update_legacy_format: expected False, found True"):
+        run.optimizer.load_parameter_state(str(folder / "parameters"), update_legacy_format=True)
 
 
 def check_adam(folder):
@@ -494,14 +501,34 @@ def check_saved_by_experts(folder):
     saved_and_resumed(folder, MIXTURE, "sharded", FULL, "ep2-sharded")
 
 
+def steps_stay_on_the_cpu(run):
+    """Megatron brings back all that is on a CPU, not what it had moved there."""
+    (part,) = run.optimizer.chained_optimizers
+
+    def restore(part):
+        for state in part.optimizer.state.values():
+            state.update({name: x.to("meta") for name, x in state.items()})
+
+    with mock.patch.object(MegatronOptimizer, "restore_from_cpu", restore):
+        run.optimizer.restore_from_cpu()
+    for state in part.optimizer.state.values():
+        assert {name: x.device.type for name, x in state.items()} == {
+            "step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta",
+        }  # fmt: skip
+
+
 def check_one_process_goes_on(folder):
     goes_on(folder, ROWS, "sharded", FULL, "dp2-sharded")
     goes_on(folder, DENSE, "sharded", BY_BUCKET, "dp2-bucket")
     goes_on(folder, ROWS, "sharded", FULL, "tp2-sharded")
     goes_on(folder, TIED, "plain", None, "tp2")
-    goes_on(folder, SWITCHED, "plain", None, "adam-plain")
+    run = goes_on(folder, SWITCHED, "plain", None, "adam-plain")
+    assert all(group["fused"] is False for group in run.optimizer.param_groups)  # Adam's is None
+    steps_stay_on_the_cpu(run)
     with pytest.raises(ValueError, match="second moments by blocks 'snr', found 'rows'"):
         Run(folder, DENSE, "sharded").load(folder / "dp2-sharded", FULL)
+    with pytest.raises(ValueError, match="second moments by blocks 'rows', found 'snr'"):
+        Run(folder, ROWS).load(folder / "dp2")
     # and back to Adam
     run = Run(folder, DENSE)
     run.load(folder / "dp2")
@@ -532,9 +559,13 @@ def check_refusals(folder):
         ("decoupled_weight_decay", False),
         ("use_precision_aware_optimizer", True),
         ("optimizer_cpu_offload", True),
+        ("offload_optimizer_states", True),  # not in 0.16
     ):
-        with mock.patch.object(config, name, value):
-            refused(f"config.{name}: expected .*, found {value!r}", optimizer=adam)
+        with mock.patch.object(config, name, value, create=True):
+            refused(f"^config.{name}: expected .*, found {value!r}", optimizer=adam)
+        with mock.patch.object(adam.chained_optimizers[0], "config", replace(config)) as made_with:
+            setattr(made_with, name, value)
+            refused(f"optimizer.config.{name}: expected .*, found {value!r}", optimizer=adam)
     refused("expected DistributedDataParallel .* found GPTModel", model_chunks=[chunks[0].module])
     refused("a map for each of 1 model chunks, found 2", blocks=[BlockMap({}), BlockMap({})])
     refused("expected an entry for parameter 'embedding.word_emb", blocks=BlockMap({}))

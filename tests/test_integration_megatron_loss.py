@@ -41,6 +41,7 @@ def test_over_more_ranks(large_worlds, check):
 #   (0 if group is None else tp.rank() * width)        ->  0
 #   output[..., :kept] if kept < width else output     ->  output   (padding counts)
 #   group = tp if width < whole else None              ->  None
+#   check_statistics(temperature, prune)               ->  removed  (the first stage waits)
 # and to integrations/megatron_monitors.py:
 #   (pp, pp.size() - 1),                               ->  removed  (the first stage has no numbers)
 #   process_group=dp of clip_metrics                   ->  None

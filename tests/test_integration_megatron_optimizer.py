@@ -38,5 +38,7 @@ def test_more_over_ranks(slow_checks, check):
 #   megatron_optimizer.py:  `itertools.count()` in _shards         ->  `itertools.repeat(0)`
 #   megatron_checkpoint.py: `self._fold()` after fully_reshardable ->  removed
 #   megatron_checkpoint.py: `group["step"] = int(steps[0])`        ->  `pass`
+#   megatron_checkpoint.py: `init_state()` of _FP32.state_dict     ->  removed
+#   megatron_checkpoint.py: `"fused": own["fused"]`                ->  removed
 #   optim/entries.py:       `torch.float64` in sum_moments         ->  `torch.float32`
 #   optim/sharding.py:      `reduce=(*plan.reduce, group)`         ->  `reduce=(group,)`
