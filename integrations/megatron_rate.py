@@ -125,8 +125,9 @@ class LengthTriggeredParamScheduler(OptimizerParamScheduler):
 
         Raises:
             ValueError: the detector's state has other keys; nothing is restored then.
+            AssertionError: Megatron's own, of another schedule; nothing of ours is restored then.
         """
-        own = state_dict.get(_STATE)
+        own, before = state_dict.get(_STATE), (self.updates, self.detector.state_dict())
         if own is None:
             logger.warning(
                 "checkpoint without the state of length_triggered: lengths are observed from here "
@@ -143,6 +144,10 @@ class LengthTriggeredParamScheduler(OptimizerParamScheduler):
         self._loading = True
         try:
             super().load_state_dict({k: v for k, v in state_dict.items() if k != _STATE})
+        except BaseException:
+            self.updates, detector = before
+            self.detector.load_state_dict(detector)
+            raise
         finally:
             self._loading = False
 

@@ -132,6 +132,19 @@ def test_a_checkpoint_without_the_state_says_so(caplog):
     assert rates(ours) == kept and ours.num_steps == 80
 
 
+def test_what_megatron_refuses_leaves_the_detector():
+    strict = {"use_checkpoint_opt_param_scheduler": False}
+    surged, fresh = (length_triggered(make(**strict), **DETECTOR) for _ in range(2))
+    before = fresh.state_dict()
+    for length in LENGTHS[:12]:
+        surged.observe(length)
+        surged.step(8)
+    with pytest.raises(AssertionError, match="learning rate"):
+        fresh.load_state_dict(surged.state_dict() | {"max_lr": 1.0})
+    assert surged.factor < 1 and fresh.factor == 1
+    assert fresh.state_dict()["length_triggered"] == before["length_triggered"]
+
+
 def test_a_derived_scheduler_keeps_its_rate():
     class Halved(OptimizerParamScheduler):
         def get_lr(self, param_group):
@@ -196,4 +209,5 @@ def test_other_versions_get_one_line_with_the_range(found):
 #   if increment and not self._loading          ->  if not self._loading
 #   self.updates += 1                           ->  self.updates += increment
 #   self.detector.load_state_dict(...)          ->  after super().load_state_dict
+#   self.detector.load_state_dict(detector)     ->  removed
 #   (ours, own), {}                             ->  (ours,), {}
