@@ -46,7 +46,8 @@ class StabilityMonitorCallback(Callback):
     one before. An alarm goes back to it: weights, optimizers, schedulers, the monitors and what
     callbacks and the module keep by their hooks on_save_checkpoint and on_load_checkpoint are as
     they were, while data, `global_step`, the scaler and other state of callbacks go on, so that
-    other batches follow. It stops instead where there is no good checkpoint yet, and after
+    other batches follow. It stops instead where there is no good checkpoint yet (none is written
+    under FSDP2 before every parameter in an optimizer has had a gradient), and after
     `max_rollbacks` without a new one in between. What watches a metric of each step, as
     EarlyStopping and ReduceLROnPlateau may, has seen those of the steps undone.
 
@@ -100,6 +101,7 @@ class StabilityMonitorCallback(Callback):
         self._fresh = self.watch.state_dict()
         self._hooks: list[Any] = []
         self._missing_said = False
+        self._stateless_said = False
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -183,7 +185,8 @@ class StabilityMonitorCallback(Callback):
             self._confirm(trainer)
             # not before the first step: torch makes AdamW's state for an FSDP2 checkpoint by a step
             # of its own, which counts
-            if self._healthy is None or self._healthy_steps % self.healthy_every == 0:
+            due = self._healthy is None or self._healthy_steps % self.healthy_every == 0
+            if due and self._restorable(trainer):
                 self._candidate = self._folder / f"step={trainer.global_step}.ckpt"
                 trainer.save_checkpoint(self._candidate)
         if not self.verdict.tripped or self.on_alarm == "log":
@@ -198,6 +201,33 @@ class StabilityMonitorCallback(Callback):
             "step %d: stopping after %d rollbacks: %s", trainer.global_step, self.rollbacks, reason
         )
         trainer.should_stop = True
+
+    def _restorable(self, trainer: Any) -> bool:
+        """Whether what a checkpoint holds now could be loaded, which is too late to find out then.
+
+        torch (2.13, checkpoint/state_dict.py) refuses a sharded optimizer's state if a parameter
+        that requires a gradient has none.
+        """
+        kinds = [base.__name__ for base in type(trainer.strategy).__mro__]
+        if "ModelParallelStrategy" not in kinds:
+            return True
+        stateless = {
+            parameter
+            for optimizer in trainer.optimizers
+            if optimizer.state  # one without any is fine: SGD
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and parameter not in optimizer.state
+        }
+        if stateless and not self._stateless_said:
+            self._stateless_said = True
+            named = trainer.lightning_module.named_parameters()
+            _logger.warning(
+                "no healthy checkpoint under FSDP2 while parameters have had no gradient (%s), so "
+                "that an alarm stops: freeze them, or leave them out of the optimizer",
+                ", ".join(name for name, parameter in named if parameter in stateless),
+            )
+        return not stateless
 
     def _confirm(self, trainer: Any) -> None:
         """Of the weights in the candidate there is a healthy gradient: it is the one to go back to.

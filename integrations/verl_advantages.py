@@ -220,13 +220,13 @@ def _weighted(
     rule = _section(config).get("aggregation")
     if rule is None:
         return advantages
-    _check_one_step(config)
+    _check_one_step(config, len(mask))
     # rows without a token are verl's padding, which is in no mean
     weights = aggregation_weights(mask, ids, outcome, rule=rule, valid=mask.any(1))
     return advantages * weights * mask.sum()
 
 
-def _check_one_step(config: Any) -> None:
+def _check_one_step(config: Any, size: int) -> None:
     """The rule's counts are the batch's, and so must be the optimizer step's and verl's."""
 
     def found(key: str) -> Any:
@@ -250,6 +250,12 @@ def _check_one_step(config: Any) -> None:
             "algorithm.trimtab.aggregation: expected the batch in one optimizer step, found "
             f"data.train_batch_size={rows} and actor.ppo_mini_batch_size={step}"
         )
+    step *= found("actor_rollout_ref.rollout.n") or 1
+    if size > step:  # agents whose sessions give several rows
+        raise ValueError(
+            "algorithm.trimtab.aggregation: expected the batch in one optimizer step, found "
+            f"{size} rows and steps of {step} (ppo_mini_batch_size * rollout.n)"
+        )
     if rejection is not None and rejection.get("rollout_rs") is not None:
         raise ValueError(
             "algorithm.trimtab.aggregation: expected rollout_correction.rollout_rs=null, as verl "
@@ -265,7 +271,13 @@ def _group_ids(index: np.ndarray | None, like: Tensor) -> Tensor:
 
 
 def _section(config: Any) -> Mapping[str, Any]:
-    return (None if config is None else config.get("trimtab", None)) or {}
+    section = (None if config is None else config.get("trimtab", None)) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(
+            "algorithm.trimtab: expected options (+algorithm.trimtab.aggregation=balanced), found "
+            f"{section!r}"
+        )
+    return section
 
 
 def _options(config: Any, *known: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ Shapes: B responses of the micro-batch, T tokens. Each takes what verl passes, b
 old_log_prob, log_prob, advantages, response_mask, and rollout_is_weights if rollout correction made
 any, which multiply the loss; and returns the scalar and metrics. The scalar is verl's `agg_loss`
 with the counts of all ranks and micro-batches (`config.global_batch_info`). A rejected response
-adds nothing and stays in the counts, as in the paper.
+adds nothing and stays in the counts, as in the paper. verl averages metrics over micro-batches, in
+which all must be: those of one without a token (verl's padding) are 0, as verl's own, and
+clip/signal_ratio, which is not always there, is left out.
 
 old_log_prob is the trainer's own, so that trimtab_trust_region bounds what the steps on one batch
 change; with algorithm.rollout_correction.bypass_mode=True it is the rollout engine's, and the mask
@@ -28,7 +30,7 @@ in the driver (verl_advantages.py has them).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -66,7 +68,7 @@ class TrustRegionPolicyLossConfig(PolicyLossConfig):
         max_log_ratio: in (0, 20]; nats, beyond which a token has no gradient.
 
     Raises:
-        ValueError: "exact_kl" is asked for.
+        ValueError: "exact_kl" is asked for, or a value is out of range.
     """
 
     max_statistic: str = "k2"
@@ -82,22 +84,35 @@ class TrustRegionPolicyLossConfig(PolicyLossConfig):
                     f"policy_loss.{name}: expected k2, k3 or abs_log_ratio, found exact_kl, for "
                     "which verl passes no distributions"
                 )
+        # in the driver, before workers start: what the functions refuse
+        token, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+        _rejecting(self, token, mask)
+        ratio_policy_loss(token, token, token, max_log_ratio=self.max_log_ratio, mask=mask)
+
+
+_OF_VERL = {field.name for field in fields(PolicyLossConfig)}
+_THRESHOLDS = [f.name for f in fields(TrustRegionPolicyLossConfig) if f.name not in _OF_VERL]
 
 
 def _trust_region(lp: Tensor, old: Tensor, a: Tensor, mask: Tensor, config: Any) -> Any:
     section = config.policy_loss
-    if not isinstance(section, TrustRegionPolicyLossConfig):
-        section = TrustRegionPolicyLossConfig()
-    keep, metrics = trust_region_mask(
-        lp.detach() - old,
+    if not isinstance(section, TrustRegionPolicyLossConfig):  # verl's own, or a mapping
+        given = {name: section.get(name) for name in _THRESHOLDS}
+        section = TrustRegionPolicyLossConfig(**{n: x for n, x in given.items() if x is not None})
+    keep, metrics = _rejecting(section, lp.detach() - old, mask)
+    loss = ratio_policy_loss(lp, old, a, max_log_ratio=section.max_log_ratio, mask=mask)
+    return torch.where(keep[:, None], loss, 0), metrics
+
+
+def _rejecting(section: TrustRegionPolicyLossConfig, log_ratio: Tensor, mask: Tensor) -> Any:
+    return trust_region_mask(
+        log_ratio,
         mask,
         max_statistic=section.max_statistic,
         max_threshold=section.max_threshold,
         mean_statistic=section.mean_statistic,
         mean_threshold=section.mean_threshold,
     )
-    loss = ratio_policy_loss(lp, old, a, max_log_ratio=section.max_log_ratio, mask=mask)
-    return torch.where(keep[:, None], loss, 0), metrics
 
 
 def _ppo_clip(lp: Tensor, old: Tensor, a: Tensor, mask: Tensor, config: Any) -> Any:
@@ -146,6 +161,7 @@ def _bounds(config: Any) -> tuple[float, float]:
 
 def _policy_loss(token_loss: _TokenLoss) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """A loss of tokens as verl calls a policy loss."""
+    names: list[str] = []  # of its metrics
 
     def policy_loss(
         old_log_prob: Tensor,
@@ -157,11 +173,17 @@ def _policy_loss(token_loss: _TokenLoss) -> Callable[..., tuple[Tensor, dict[str
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         mask = response_mask.bool()
-        loss, metrics = token_loss(log_prob, old_log_prob, advantages, mask, config)
+        loss, found = token_loss(log_prob, old_log_prob, advantages, mask, config)
+        if not names:
+            token = torch.zeros(1, 1)
+            names.extend(token_loss(token, token, token, token == 0, config)[1])
         if rollout_is_weights is not None:
             loss = loss * torch.where(mask, rollout_is_weights, 0)
         moved = torch.where(mask, old_log_prob - log_prob.detach(), 0)
-        metrics = {"ppo_kl": masked_mean(moved, mask), **metrics}
+        metrics = {"ppo_kl": masked_mean(moved, mask)}
+        # verl 0.9 (Metric.aggregate_dp) refuses a metric that ranks have reported unequally often:
+        # each micro-batch reports the same ones, whatever it holds
+        metrics |= {name: found.get(name, torch.zeros(())) for name in names}
         scalar = agg_loss(
             loss_mat=loss, loss_mask=mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )

@@ -19,10 +19,11 @@ BATCHES, ROWS = 6, 8  # in an epoch, and in a batch over all processes
 QUIET = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
 
 
-def regression(namespace="pytorch_lightning", poison=(), on_rank=0, surge_at=None):
+def regression(namespace="pytorch_lightning", poison=(), on_rank=0, surge_at=None, idle=False):
     """A LightningModule whose gradients are NaN in the batches `poison`, counted over epochs.
 
-    It logs response lengths of 10 tokens, from batch `surge_at` on 500.
+    It logs response lengths of 10 tokens, from batch `surge_at` on 500. idle: it has a layer that
+    no batch uses.
     """
     base = import_module(namespace).LightningModule
 
@@ -33,6 +34,7 @@ def regression(namespace="pytorch_lightning", poison=(), on_rank=0, surge_at=Non
             self.net = torch.nn.Sequential(
                 torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)
             )
+            self.idle = torch.nn.ModuleList([torch.nn.Linear(3, 3)] * idle)
             self.batches = 0
             self.norms = []
 
@@ -47,13 +49,13 @@ def regression(namespace="pytorch_lightning", poison=(), on_rank=0, surge_at=Non
             return loss
 
         def on_before_optimizer_step(self, optimizer):
-            grads = [p.grad for p in self.parameters()]
+            grads = [p.grad for p in self.net.parameters()]
             grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
             self.norms.append(float(torch.cat([g.double().flatten() for g in grads]).norm()))
 
         def configure_model(self):
             if getattr(self, "device_mesh", None) is not None:
-                for layer in (self.net[0], self.net[2], self.net):
+                for layer in (self.net[0], self.net[2], self.net, *self.idle):
                     torch.distributed.fsdp.fully_shard(
                         layer, mesh=self.device_mesh["data_parallel"]
                     )
@@ -129,8 +131,8 @@ def on_two_processes(rank, folder):
     found = {}
     for name, strategy in strategies.items():
 
-        def run(epochs, name=name, strategy=strategy, **options):
-            module = regression(poison=(8, 9), on_rank=1, surge_at=11)
+        def run(epochs, name=name, strategy=strategy, idle=False, **options):
+            module = regression(poison=(8, 9), on_rank=1, surge_at=11, idle=idle)
             callbacks = callbacks_in(f"{folder}/{name}")
             trainer = fit(
                 module, *callbacks, epochs=epochs, batch=ROWS // 2, strategy=strategy(),
@@ -145,9 +147,12 @@ def on_two_processes(rank, folder):
             "factor": callbacks[1].factor,
             "rollbacks": callbacks[2].rollbacks,
             "norms": module.norms,
+            "logged_norm": float(trainer.callback_metrics["grad_norm"]),
             "optimizer": type(optimizer).__name__,
             "v": [tuple(s["exp_avg_sq"].shape) for s in optimizer.state.values()],
         }
+        if name != "ddp":
+            found[name]["idle"] = run(3, idle=True)[2].global_step
         if name != "fsdp2":
             run(1)[2].save_checkpoint(f"{folder}/{name}.ckpt")
             found[name]["resumed"] = weights(run(3, ckpt_path=f"{folder}/{name}.ckpt")[0])

@@ -304,7 +304,10 @@ def test_bad_arguments_are_named(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    """DDP and FSDP2 with all three callbacks: rank 1's NaN sends both back, to the same step."""
+    """DDP and FSDP2 with all three callbacks: rank 1's NaN sends both back, to the same step.
+
+    Sharded, a layer that had no gradient cannot be restored by torch: both stop at the NaN instead.
+    """
     run_ranks(on_two_processes, (str(tmp_path),), 2)
     expected = weights(by_hand(poison=(8, 9), surge_at=11))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
@@ -314,6 +317,8 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(one["weights"], expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(one["weights"], one.get("resumed", one["weights"])), name
         assert one["factor"] == other["factor"] < 1 and one["rollbacks"] == 0
+        assert one["logged_norm"] == other["logged_norm"] == pytest.approx(one["norms"][-1]), name
+        assert one.get("idle", 9) == other.get("idle", 9) == 9, name
         assert one["optimizer"] == "AdamMini" and one["v"] == [(7,), (7,), (3,), (3,)]
 
 

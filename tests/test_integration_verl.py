@@ -4,6 +4,7 @@ How to run it: tests/verl_cases.py. What it does without verl: test_integration_
 """
 
 import copy
+import dataclasses
 import functools
 import math
 import runpy
@@ -24,6 +25,8 @@ from trimtab.integrations import verl as plugin
 hydra = pytest.importorskip("hydra")
 omegaconf = pytest.importorskip("omegaconf")
 trainer = pytest.importorskip("verl.trainer.ppo.ray_trainer", exc_type=ImportError)
+from verl.utils.metric import Metric  # noqa: E402
+from verl.utils.py_functional import append_to_dict  # noqa: E402
 
 # What the plugin's docstrings tell the user to write.
 COMMANDS = [
@@ -38,7 +41,7 @@ COMMANDS = [
     "+actor_rollout_ref.actor.optim.override_optimizer_config={momentum_dtype:bfloat16}",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
 ]
-ONE_STEP = ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8"]
+ONE_STEP = ["data.train_batch_size=24", "actor_rollout_ref.actor.ppo_mini_batch_size=24"]
 
 
 @functools.cache
@@ -148,6 +151,12 @@ def test_options_of_estimators():
             "rollout_rs=null",
         ),
         (["+algorithm.trimtab.aggregation=vote", *ONE_STEP], "rule"),
+        (["+algorithm.trimtab=balanced"], "algorithm.trimtab: expected options .*'balanced'"),
+        (
+            ["+algorithm.trimtab.aggregation=balanced", "data.train_batch_size=1",
+             "actor_rollout_ref.actor.ppo_mini_batch_size=1"],
+            r"found \d+ rows and steps of 1 ",
+        ),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             advantages_of_verl(b, "trimtab_grpo", *overrides)
@@ -252,10 +261,30 @@ def test_metrics_of_losses_are_those_of_stability():
         config=actor(),
     )  # fmt: skip
     _, metrics = core.get_policy_loss_fn("trimtab_ppo_clip")(**arguments)
-    for key, value in ours.clip_metrics(b.logp - b.old, b.dense, b.mask, 0.1, 0.3).items():
+    expected = ours.clip_metrics(b.logp - b.old, b.dense, b.mask, 0.1, 0.3)
+    del expected["clip/signal_ratio"]  # not every micro-batch has it
+    for key, value in expected.items():
         assert metrics[f"actor/{key}"] == pytest.approx(value.item())
     _, metrics = core.get_policy_loss_fn("trimtab_trust_region")(**arguments)
     assert metrics["actor/trust_region/kept_sequences"] < 1
+
+
+@pytest.mark.parametrize("name", plugin.LOSSES)
+def test_metrics_of_micro_batches_and_ranks_go_together(name):
+    """Each reports the same ones, with clipping, without, and where verl's padding has no token."""
+    b = batch(12, spread=0.5)
+    far = b.logp + torch.where(b.mask, 1.0, 0.0)
+    ranks = []
+    for micro_batches in ([(b.logp, 1), (b.logp, 0)], [(far, 1), (far, 1)]):
+        ranks.append({})
+        for logp, kept in micro_batches:
+            _, metrics = core.get_policy_loss_fn(name)(
+                b.logp, logp, b.dense, b.ints * kept, config=actor()
+            )
+            append_to_dict(ranks[-1], Metric.from_dict(metrics, "mean"))
+    assert ranks[0].keys() == ranks[1].keys()
+    for key, first in ranks[0].items():
+        assert math.isfinite(Metric.aggregate_dp([first, ranks[1][key]]))
 
 
 @pytest.mark.parametrize("loss", ["trimtab_ppo_clip", "trimtab_trust_region", "vanilla"])
@@ -326,8 +355,19 @@ def test_what_a_user_writes_reaches_the_workers():
             build_optimizer(parameters, worker.optim)
     with pytest.raises(ValueError, match=r"momentum_dtype: .*'int8'"):
         plugin.adam_mini(model.parameters(), 1e-3, momentum_dtype="int8")
-    with pytest.raises(ValueError, match="no distributions"):
-        plugin.TrustRegionPolicyLossConfig(mean_statistic="exact_kl")
+    for changes, message in (
+        ({"mean_statistic": "exact_kl"}, "no distributions"),
+        ({"mean_statistic": "k4"}, "mean_statistic"),
+        ({"max_threshold": -1.0}, "max_threshold"),
+        ({"max_log_ratio": 21.0}, "max_log_ratio"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plugin.TrustRegionPolicyLossConfig(**changes)
+    loose = dataclasses.replace(actor(), policy_loss={"max_threshold": 0.0, "mean_threshold": 1e9})
+    _, metrics = core.get_policy_loss_fn("trimtab_trust_region")(
+        b.old, b.logp, b.dense, b.ints, config=loose
+    )
+    assert metrics["actor/trust_region/rejected_by_peak"] > 0
 
 
 def ours_for(model, **options):
