@@ -80,7 +80,8 @@ class RolloutConfig:
             expected = "null with rollout.servers, whose own options say it"
             _require(bits is None, "rollout.quantize_bits", expected, bits)
             value = self.temperature
-            _require(value >= 0.01, "rollout.temperature", "at least vLLM's least, 0.01", value)
+            expected = "what vLLM takes, 0.01 to 2"
+            _require(0.01 <= value <= 2, "rollout.temperature", expected, value)
 
 
 @dataclass(frozen=True)

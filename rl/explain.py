@@ -108,5 +108,6 @@ def _class(path: str) -> Any:
 def _readable(types: str) -> str:
     """Type names as a YAML file has them."""
     types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types).replace("NoneType", "null")
+    types = re.sub(r"\btuple\b", "a list in brackets", types)
     types = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", types)
     return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", types).replace(", null", " or null")

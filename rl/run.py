@@ -39,7 +39,7 @@ from .recording import (
 )
 from .report import draw_report, print_table
 from .server_engine import check_servers
-from .sharding import full_parameters
+from .sharding import full_parameters, stored_buffers
 from .tasks import Task
 from .warmup import warm_up
 
@@ -109,8 +109,12 @@ class Run:
         refuse_unsupported(policy)
         refuse_tokenizer(tokenizer, policy, config)
         if config.rollout.servers:
-            size = policy.get_input_embeddings().num_embeddings
-            check_servers(config.rollout.servers, size, config.rollout.server_timeout)
+            check_servers(
+                config.rollout.servers,
+                policy,
+                config.rollout.server_timeout,
+                layers=rank_zero_only.rank == 0,
+            )
         self.module = RLModule(config, policy, tokenizer, config.task)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
         if self.checkpoint is not None:
@@ -147,6 +151,8 @@ class Run:
             if rank_zero_only.rank == 0:
                 print(f"interrupted: trimtab-rl --resume {folder.path} goes on", flush=True)
             raise SystemExit(130) from None
+        finally:
+            self.module.teardown("fit")  # Lightning leaves it out after an error
         # where max_steps or max_time stopped the run, or for a continuation with more updates
         self.checkpoints.save(self.trainer, self.module)
         weights = dict(full_parameters(self.module.policy))  # all ranks, if it is sharded
@@ -213,6 +219,7 @@ class Run:
             print(f"stopped after update {module.updates_done}: --resume {folder.path} goes on")
             return
         with replaced_folder(folder.policy) as unfinished:
+            weights |= stored_buffers(module.policy)
             module.policy.save_pretrained(unfinished, state_dict=weights)
             module.tokenizer.save_pretrained(unfinished)
         summary["updates"] = module.updates_done  # last: it says that the run is finished

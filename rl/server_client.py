@@ -48,11 +48,11 @@ class Server:
             missing_ok: None instead of an error if there is no such endpoint.
 
         Returns:
-            The JSON of the answer, {} for an empty one.
+            The answer's JSON object, {} for an empty one.
 
         Raises:
             ConnectionError: no connection, or no whole answer in time.
-            ValueError: the server refuses, or its answer is not JSON.
+            ValueError: the server refuses, or its answer is no JSON object.
         """
         where = f"{self.url}{path}"
         for last in (False, True):
@@ -75,9 +75,12 @@ class Server:
         if status != 200:
             raise ValueError(f"{where}: expected HTTP 200, got {status}: {text[:500]}")
         try:
-            return json.loads(text) if text else {}
+            answer = json.loads(text or "{}")
         except ValueError as error:
             raise ValueError(f"{where}: expected JSON, got {text[:200]!r} ({error})") from error
+        if not isinstance(answer, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {text[:200]!r}")
+        return answer
 
     def _exchange(self, path: str, body: Any) -> tuple[int, str]:
         """Status and text. A socket's timeout is for one read, which a slow server passes."""
@@ -94,6 +97,8 @@ class Server:
                 parts.append(part)
                 if time.monotonic() > deadline:
                     raise TimeoutError
+            if response.length:  # read1 does not say that the connection was cut
+                raise http.client.IncompleteRead(b"".join(parts), response.length)
             return response.status, b"".join(parts).decode("utf-8", "replace")
         finally:
             connection.close()

@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shutil
+import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,9 +37,11 @@ from transformers import PreTrainedModel
 from .ranks import world_size
 from .rollout import Capabilities, FinishReason, Request, Sample, Sampling
 from .server_client import Server
+from .sharding import stored_buffers
 
 _SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 _LEAST_TEMPERATURE = 0.01  # of vLLM, which raises smaller ones to it
+_T = TypeVar("_T")
 
 
 class VLLMServerEngine:
@@ -73,7 +78,7 @@ class VLLMServerEngine:
         self.max_rows, self.version = max_rows, 0
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.rank = dist.get_rank() if world_size() > 1 else 0
-        self.servers = check_servers(servers, self.vocabulary, timeout)
+        self.servers = check_servers(servers, model, timeout, layers=self.rank == 0)
         self._name = ""  # of the weights that the servers have
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -81,7 +86,7 @@ class VLLMServerEngine:
 
         Args:
             named_tensors: (checkpoint name, tensor) pairs, of which the first process keeps a copy
-                in the CPU's memory, in the engine's dtype.
+                in the CPU's memory, in the engine's dtype; the model's buffers go along.
             version: number the following samples carry.
 
         Raises:
@@ -91,6 +96,7 @@ class VLLMServerEngine:
             dist.barrier()  # one that still samples would have a share of other weights
         if self.rank == 0:
             weights = {name: t.to("cpu", self.dtype, copy=True) for name, t in named_tensors}
+            weights |= {name: t.cpu() for name, t in stored_buffers(self.model).items()}
             outcome = self._hand_over(weights, version)
         else:
             for _ in named_tensors:  # to gather a sharded one takes all processes
@@ -125,8 +131,8 @@ class VLLMServerEngine:
         # a process with few prompts must not leave all of them to the first server
         dealt = [self.servers[(self.rank + i) % len(self.servers)] for i in range(len(requests))]
         at_once = max(1, self.max_rows // max(request.sampling.n for request in requests))
-        with _threads(min(at_once, len(requests))) as pool:
-            groups = list(pool.map(self._complete, dealt, requests))
+        jobs = zip(dealt, requests, strict=True)
+        groups = _by_threads(self._complete, jobs, min(at_once, len(requests)))
         for server in dict.fromkeys(dealt):
             self._check_name(server)
         return groups
@@ -165,13 +171,16 @@ class VLLMServerEngine:
             )
 
 
-def check_servers(servers: Sequence[str], vocabulary: int, timeout: float) -> list[Server]:
+def check_servers(
+    servers: Sequence[str], model: PreTrainedModel, timeout: float, *, layers: bool
+) -> list[Server]:
     """Raises unless every server can sample for a trainer; asks each for eight tokens.
 
     Args:
         servers: addresses, `http://host:port`.
-        vocabulary: token ids of the policy.
+        model: the policy, whose sizes the servers must have.
         timeout: seconds for an answer.
+        layers: count theirs too, which takes a server the time to read its weights.
 
     Returns:
         A client of each.
@@ -179,37 +188,81 @@ def check_servers(servers: Sequence[str], vocabulary: int, timeout: float) -> li
     Raises:
         ConnectionError: a server does not answer; names it.
         ValueError: no address, one that is none, one twice; or a server not in dev mode, with raw
-            log-probs, or with a smaller vocabulary.
+            log-probs, with a smaller vocabulary or another number of layers.
     """
     clients = [Server(url, timeout) for url in servers]
     if not clients or len({client.url for client in clients}) < len(clients):
         raise ValueError(f"servers: expected addresses, each once, got {list(servers)}")
+    vocabulary = model.get_input_embeddings().num_embeddings
     for client in clients:
         if client.call("/weight_info", missing_ok=True) is None:
             raise ValueError(
                 f"{client.url}: expected vLLM 0.32 or later in dev mode, which can take new "
                 f"weights; start it by `{_SERVE}`"
             )
-        # Of one token that is kept the log-prob is 0, and less where it is of all tokens.
         probe = Request([vocabulary - 1], Sampling(max_tokens=8, top_k=1))
         answer = client.call("/v1/completions", _body(probe.prompt_ids, probe.sampling))
         [sample] = _samples(client, answer, probe, vocabulary, 0)
-        if min(sample.logprobs) < -1e-6:
+        if not all(map(_is_of_top_1, sample.logprobs)):
             raise ValueError(
                 f"{client.url}: expected log-probs of the distribution sampled from, found raw "
                 f"ones; start it by `{_SERVE}`"
             )
+        if layers:
+            _check_layers(client, model)
     return clients
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that is left at the first error, without waiting for the answers to the others."""
-    pool = ThreadPoolExecutor(count)
+def _is_of_top_1(logprob: float) -> bool:
+    """Whether k tokens of one logit, which top_k=1 keeps all, have 1/k each; in bf16 ties occur."""
+    tied = math.exp(-logprob)
+    return abs(tied - round(tied)) < 1e-5 * tied
+
+
+def _check_layers(client: Server, model: PreTrainedModel) -> None:
+    """A reload says nothing of layers that it does not fill."""
+    answer = client.call("/weight_checker", {"action": "checksum"}, missing_ok=True)
+    expected = _layers(name for name, _ in model.named_parameters())
+    found = _layers((answer or {}).get("checksums", {}))
+    if found and expected and found != expected:
+        raise ValueError(
+            f"{client.url}: expected the policy's {len(expected)} layers, found {len(found)}; does "
+            "it serve the policy's model?"
+        )
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    found = (re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name) for name in names)
+    return {match[1] for match in found if match}
+
+
+def _by_threads(call: Callable[..., _T], jobs: Iterable[tuple[Any, ...]], count: int) -> list[_T]:
+    """call(*job) of each, in order; the first error at once, whatever the others wait for.
+
+    Not a pool: the interpreter waits for its threads before it ends, also after Ctrl-C.
+    """
+    todo = deque((Future(), job) for job in jobs)
+    futures = [future for future, _ in todo]
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                future, job = todo.popleft()
+                try:
+                    future.set_result(call(*job))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    for _ in range(count):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        yield pool
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future.done():
+                future.result()
+        return [future.result() for future in futures]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        todo.clear()
 
 
 def _reload(server: Server, path: Path, name: str) -> None:

@@ -52,6 +52,24 @@ def full_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
+def stored_buffers(policy: PreTrainedModel) -> dict[str, Tensor]:
+    """Buffers of a checkpoint by name, such as the biases of Glm4Moe's router; never sharded.
+
+    Args:
+        policy: sharded or not.
+
+    Returns:
+        Name -> tensor, in its own dtype.
+    """
+    # not by state_dict: FSDP2 reshards in it, and the first process calls this alone
+    return {
+        f"{path}.{name}".lstrip("."): buffer
+        for path, module in policy.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
 def take_part_in_backward(policy: PreTrainedModel) -> None:
     """A forward and backward that adds nothing, for a process without rollouts of its own.
 

@@ -37,6 +37,7 @@ class CompletionServer:
         self.weight_version, self.paused = "default", False
         self.asked: list[str] = []  # endpoints
         self.failures: list[str] = []  # of the next completions, one each
+        self.hung = threading.Event()  # ends the failure "hang"
         self.url = ""
         self._one_at_a_time = threading.Lock()
 
@@ -60,6 +61,10 @@ class CompletionServer:
             self.weight_version = body["new_version"]
         elif path == "/weight_info":
             return {"weight_version": self.weight_version}
+        elif path == "/weight_checker":
+            assert body == {"action": "checksum"}
+            names = (name for name, _ in self.engine.model.named_parameters())
+            return {"checksums": {f"dp0:pp0:pcp0:tp0:{name}": "" for name in names}}
         else:
             return None
         return {}
@@ -110,6 +115,8 @@ def serving(server: CompletionServer) -> Iterator[CompletionServer]:
             failure = server.failures.pop(0) if completion and server.failures else ""
             if failure == "cut":
                 return self.connection.close()
+            if failure == "hang":
+                server.hung.wait(20)
             if failure.isdigit():
                 return self.send(int(failure), b"the engine is not well")
             try:
@@ -134,13 +141,18 @@ def serving(server: CompletionServer) -> Iterator[CompletionServer]:
                 text = json.dumps(answer).encode()
             elif failure == "text":
                 text = b"<html>It works!</html>"
+            elif failure == "list":
+                text = json.dumps(answer["choices"]).encode()
             elif failure == "trickle":
                 return self.trickle(text)
+            elif failure == "half":
+                self.send(200, text[: len(text) // 2], promised=len(text))
+                return self.connection.close()
             return self.send(404 if answer is None else 200, text)
 
-        def send(self, status: int, text: bytes) -> None:
+        def send(self, status: int, text: bytes, promised: int | None = None) -> None:
             self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
+            self.send_header("Content-Length", str(promised or len(text)))
             self.end_headers()
             self.wfile.write(text)
 

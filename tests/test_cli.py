@@ -111,6 +111,7 @@ VALUES = [
     ("updates", "many", "updates: expected int, got 'many'"),
     ("updates", 0, "updates: expected a count >= 1, got 0"),
     ("update.lr", "fast", "update.lr: expected float, got 'fast'"),
+    ("rollout.servers", "http://a:8", "rollout.servers: expected a list in brackets, got 'http"),
     ("update.lr", -1, "update.lr: expected a rate >= 0, got -1.0"),
     (
         "update.loss",

@@ -6,8 +6,12 @@ import signal
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_run import metrics_of, run, run_here, start, write_recipe
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+from trimtab.rl.sharding import stored_buffers
 
 
 def policy_of(folder):
@@ -129,9 +133,28 @@ def test_a_finished_run_is_left_alone_and_more_updates_continue_it(uninterrupted
     )
 
 
+def test_the_policy_it_leaves_has_the_buffers_of_the_one_it_got(tmp_path):
+    """A router's bias is one: no parameter, but not what an untouched one would be."""
+    recipe = write_recipe(tmp_path, {"updates": 1, "evaluation.problems": 0})
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=16)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    config = Glm4MoeConfig(vocab_size=32, first_k_dense_replace=1, **sizes, **heads, **experts)
+    policy = Glm4MoeForCausalLM(config)
+    (bias,) = stored_buffers(policy).values()
+    bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    policy.save_pretrained(tmp_path / "tiny-policy")
+    run_here(["--config", recipe, "--run_dir", "run"], tmp_path)
+    left = Glm4MoeForCausalLM.from_pretrained(tmp_path / "run/policy")
+    (found,) = stored_buffers(left).values()
+    assert found.equal(bias)
+    assert not left.lm_head.weight.equal(policy.lm_head.weight)  # trained
+
+
 # Edits that must turn this file red:
 # * loop.py: on_load_checkpoint does not restore updates_done
 # * loop.py: seed the requests without the update number
 # * recording.py: forget_after keeps every line
 # * optim/lr_scheduler.py: leave the detector out of state_dict
 # * run.py: newest_checkpoint takes the newest name unread
+# * run.py: without stored_buffers in _finish

@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import math
+import multiprocessing
 import socket
+import threading
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file
 from test_ddp import SHARDED, two_ranks
 from tiny_models import VOCAB, causal_lm
 from tiny_run import metrics_of, run_here, write_recipe
+from transformers import AutoModelForCausalLM
 
 from trimtab.rl.cli import main
 from trimtab.rl.engine import TransformersEngine
@@ -97,6 +101,26 @@ def test_weights_are_written_in_the_dtype_of_the_engine(servers, tmp_path):
         assert weight.equal(model.get_parameter(name).bfloat16()), name
 
 
+def test_buffers_of_a_checkpoint_go_along(servers, tmp_path):
+    engine = engine_of(servers[:1], tmp_path, dtype=torch.bfloat16)
+    gate = engine.model.model.layers[1]
+    gate.register_buffer("bias", torch.randn(4))
+    gate.register_buffer("table", torch.randn(4), persistent=False)
+    servers[0].engine.update_weights = lambda weights, version: None
+    engine.update_weights(engine.model.named_parameters(), 1)
+    [path] = tmp_path.glob("*/model.safetensors")
+    written = load_file(path)
+    assert written.keys() == engine.model.state_dict().keys()
+    assert written["model.layers.1.bias"].equal(gate.bias)
+
+
+@pytest.mark.parametrize("k", [1, 2, 32])
+def test_tied_logits_are_not_taken_for_raw_log_probs(servers, tmp_path, monkeypatch, k):
+    """In bf16 two largest logits may be equal, and top_k=1 keeps both."""
+    monkeypatch.setattr(servers[0], "_logprobs", lambda _, s: [-math.log(k)] * len(s.token_ids))
+    engine_of(servers[:1], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("failure", "error", "message"),
     [
@@ -105,6 +129,8 @@ def test_weights_are_written_in_the_dtype_of_the_engine(servers, tmp_path):
         ("text", ValueError, "expected JSON, got '<html>"),
         ("trickle", ConnectionError, "no answer within 1 s"),
         ("cut", ConnectionError, "no connection"),
+        ("half", ConnectionError, "no connection .*IncompleteRead"),
+        ("list", ValueError, "expected a JSON object"),
         ("other vocabulary", ValueError, f"token ids below {VOCAB}"),
         ("other prompt", ValueError, "expected 3 completions of the prompt"),
         ("one too few", ValueError, "expected 3 completions of the prompt"),
@@ -118,10 +144,10 @@ def test_a_server_that_fails_is_named(servers, tmp_path, caplog, failure, error,
     with pytest.raises(error, match=message) as raised:
         engine.generate(requests(stop_token_ids=())[:1])
     assert str(raised.value).startswith(servers[0].url)
-    assert len(caplog.records) == (failure == "cut")
+    assert len(caplog.records) == (failure in ("cut", "half"))
 
 
-@pytest.mark.parametrize("failure", ["503", "429", "cut"])
+@pytest.mark.parametrize("failure", ["503", "429", "cut", "half"])
 def test_a_busy_server_is_asked_once_more(servers, tmp_path, caplog, failure):
     engine = engine_of(servers[:1], tmp_path)
     servers[0].failures = [failure]
@@ -131,6 +157,19 @@ def test_a_busy_server_is_asked_once_more(servers, tmp_path, caplog, failure):
     servers[0].failures = [failure, failure]
     with pytest.raises((ConnectionError, ValueError), match=servers[0].url):
         engine.generate(requests()[:1])
+
+
+def test_an_error_does_not_wait_for_a_server_that_hangs(servers, tmp_path):
+    engine = engine_of(servers, tmp_path, timeout=600.0)
+    before = threading.enumerate()
+    servers[0].failures, servers[1].failures = ["hang"], ["500"]
+    try:
+        with pytest.raises(ValueError, match=f"{servers[1].url}.*got 500"):
+            engine.generate(requests())
+        left = set(threading.enumerate()) - set(before)
+        assert left and all(thread.daemon for thread in left)  # the end of a process waits for none
+    finally:
+        servers[0].hung.set()
 
 
 def test_a_server_with_other_weights_is_refused(servers, tmp_path):
@@ -162,6 +201,10 @@ def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
         with serving(CompletionServer(causal_lm("llama"), **options)) as server:
             with pytest.raises(ValueError, match=f"{server.url}: expected .*{message}"):
                 engine_of([server], tmp_path)
+    for layers in (1, 3):
+        with serving(CompletionServer(causal_lm("llama", num_hidden_layers=layers))) as server:
+            with pytest.raises(ValueError, match=f"{server.url}: .* 2 layers, found {layers}"):
+                engine_of([server], tmp_path)
     for urls in ([], ["127.0.0.1:80"], ["ftp://a:1"], ["http://a:b"], [servers[0].url] * 2):
         with pytest.raises(ValueError, match=r"servers: "):
             VLLMServerEngine(causal_lm("llama"), urls, tmp_path)
@@ -176,8 +219,6 @@ def test_the_loop_on_servers_is_the_loop_in_process(tmp_path, capsys, monkeypatc
     changes = {"updates": 2, "rollout.dtype": "float32", "record.checkpoint_every": 2}
     changes |= {"evaluation.problems": 2}
     recipe = write_recipe(tmp_path, changes | {"update.clip_norm": 0.0})
-    from transformers import AutoModelForCausalLM
-
     run_here(["--config", recipe, "--run_dir", "here"], tmp_path)
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-policy")
     with (
@@ -206,7 +247,8 @@ def test_the_loop_on_servers_is_the_loop_in_process(tmp_path, capsys, monkeypatc
     for extra, message in (
         ([urls], f"{first.url}/weight_info: no connection"),
         ([urls, "--rollout.quantize_bits=8"], "rollout.quantize_bits: expected null with rollout"),
-        ([urls, "--rollout.temperature=0.001"], "rollout.temperature: expected at least vLLM's"),
+        ([urls, "--rollout.temperature=0.001"], "rollout.temperature: expected what vLLM takes"),
+        ([urls, "--rollout.temperature=2.5"], "rollout.temperature: expected what vLLM takes"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit, match="2"):
@@ -215,11 +257,32 @@ def test_the_loop_on_servers_is_the_loop_in_process(tmp_path, capsys, monkeypatc
         assert not (tmp_path / "refused").exists()
 
 
+def test_a_run_whose_server_dies_leaves_nothing_behind_and_goes_on_with_another(tmp_path):
+    changes = {"updates": 2, "evaluation.problems": 0, "record.checkpoint_every": 1}
+    recipe = write_recipe(tmp_path, changes | {"rollout.dtype": "float32"})
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-policy")
+    dying, other = CompletionServer(policy), CompletionServer(policy)
+    dying.failures = [""] * 6 + ["500"]  # two probes, four prompts, and the first of an update
+    with serving(dying), serving(other):
+        servers = [f"--rollout.servers=[{server.url}]" for server in (dying, other)]
+        with pytest.raises(ValueError, match=f"{dying.url}.*got 500"):
+            run_here(["--config", recipe, "--run_dir", "run", servers[0]], tmp_path)
+        assert not (tmp_path / "run/rollout-weights").exists()
+        assert not [p for p in multiprocessing.active_children() if p.name == "trimtab-reward"]
+        run_here(["--resume", "run", servers[1]], tmp_path)
+        run_here(["--config", recipe, "--run_dir", "whole", servers[1]], tmp_path)
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
 # Edits that must turn this file red:
 # * server_engine.py: self.servers[0] for every request
 # * server_engine.py: without sorting the choices by index
 # * server_engine.py: _check_name passes
 # * server_engine.py: _reload without resume after an error
 # * server_engine.py: weights keep their own dtype
+# * server_engine.py: without stored_buffers; without _check_layers
+# * server_engine.py: min(sample.logprobs) < -1e-6 for raw log-probs
+# * server_engine.py: a ThreadPoolExecutor for _by_threads
+# * run.py: without teardown after an error
 # * server_engine.py: every process hands weights over
 # * server_client.py: no deadline in _exchange (trickle hangs for seconds and succeeds)
