@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 
 
 def require(host: str, found: str, low: str, below: str) -> None:
@@ -10,7 +11,7 @@ def require(host: str, found: str, low: str, below: str) -> None:
 
     Args:
         host: name of the package, as pip has it.
-        found: its version.
+        found: its version, "none" if there is none.
         low: the first one that works.
         below: the first one that was not tried.
 
@@ -22,6 +23,23 @@ def require(host: str, found: str, low: str, below: str) -> None:
             f"{host}: expected a version from {low} on and below {below}, found {found}; "
             f"pip install '{host}>={low},<{below}'"
         )
+
+
+def version_of(module: str) -> str:
+    """The version of a host's module, which is imported; "none" where it is not installed.
+
+    Args:
+        module: as in an import statement.
+
+    Raises:
+        ModuleNotFoundError: something that the host needs is not installed.
+    """
+    try:
+        return import_module(module).__version__
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.partition(".")[0]):
+            raise
+        return "none"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -9,6 +9,10 @@
 Tried with megatron-core 0.16.1 and 0.19.2; versions outside of 0.16 to 0.19 are refused.
 """
 
+from ._versions import require, version_of
+
+require("megatron-core", version_of("megatron.core"), "0.16", "0.20")
+
 from .megatron_loss import policy_loss_function
 from .megatron_monitors import MegatronMonitors
 from .megatron_optimizer import megatron_adam_mini

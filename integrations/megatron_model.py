@@ -1,18 +1,13 @@
-"""What the parts for Megatron-core share: its versions, and a model without its wrappers."""
+"""A Megatron-core model without its wrappers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.core import __version__
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from torch import nn
-
-from ._versions import require
-
-require("megatron-core", __version__, "0.16", "0.20")
 
 
 def unwrapped(model: nn.Module | Sequence[nn.Module]) -> tuple[nn.Module, GPTModel]:

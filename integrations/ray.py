@@ -20,6 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ._versions import require, version_of
+
+require("ray", version_of("ray"), "2.60", "3")
+
 import ray
 import ray.train
 import torch.distributed as dist
@@ -28,9 +32,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ..rl.cli import make_parser, parse, prepared, quieten
 from ..rl.recording import OnUpdate
-from ._versions import require
-
-require("ray", ray.__version__, "2.60", "3")
 
 __all__ = ["rl_trainer"]
 

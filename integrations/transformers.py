@@ -20,18 +20,17 @@ transformers 5.24.0 with accelerate 1.15.0.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import transformers
+from ._versions import require, version_of
+
+require("transformers", version_of("transformers"), "5.0", "6")
+
 from transformers.utils import is_accelerate_available
 
-from ._versions import require
-
-require("transformers", transformers.__version__, "5.0", "6")
-
-from .transformers_generation import (  # noqa: E402
+from .transformers_generation import (
     VocabularyPruningLogitsProcessor,
     pruned_generation,
 )
-from .transformers_loss import gem_compute_loss  # noqa: E402
+from .transformers_loss import gem_compute_loss
 
 if TYPE_CHECKING:
     from .transformers_monitor import StabilityMonitorCallback

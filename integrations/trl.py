@@ -7,6 +7,10 @@ StabilityMixin             trl_stability.py: the same in front of another class
 StabilityOptions           trl_options.py: those keyword arguments
 """
 
+from ._versions import require, version_of
+
+require("trl", version_of("trl"), "1.16", "2")
+
 from .trl_options import StabilityOptions
 from .trl_prefix import SharedPrefixGRPOTrainer
 from .trl_stability import StabilityGRPOTrainer, StabilityMixin

@@ -27,7 +27,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
@@ -42,13 +41,10 @@ from ..stability import (
     trust_region_mask,
 )
 from ..triton_kernels.token_stats import TokenStats
-from ._versions import require
 from .trl_options import StabilityOptions, checked_args
 from .trl_prefix import SharedPrefixGRPOTrainer
 from .trl_statistics import completion_statistics
 from .trl_steps import StepsMixin
-
-require("trl", trl.__version__, "1.16", "2")
 
 _logger = logging.getLogger(__name__)
 

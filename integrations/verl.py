@@ -19,19 +19,13 @@ workers without it.
     verl_replace_otb.py  a second module to name: verl's optimal token baseline becomes ours
 """
 
-from ._versions import require
+from ._versions import require, version_of
 
-try:
-    from verl import __version__ as found
-except ModuleNotFoundError as error:
-    if error.name != "verl":  # something that verl needs
-        raise
-    found = "none"
-require("verl", found, "0.9", "0.10")
+require("verl", version_of("verl"), "0.9", "0.10")
 
-from .verl_advantages import ESTIMATORS, register_estimators, replace_estimators  # noqa: E402
-from .verl_losses import LOSSES, TrustRegionPolicyLossConfig, register_losses  # noqa: E402
-from .verl_optimizer import adam_mini  # noqa: E402
+from .verl_advantages import ESTIMATORS, register_estimators, replace_estimators
+from .verl_losses import LOSSES, TrustRegionPolicyLossConfig, register_losses
+from .verl_optimizer import adam_mini
 
 __all__ = [
     "ESTIMATORS",

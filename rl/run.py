@@ -109,11 +109,13 @@ class Run:
         refuse_unsupported(policy)
         refuse_tokenizer(tokenizer, policy, config)
         if config.rollout.servers:
+            prompt = len(tokenizer.encode(config.task.problem("train", 0).prompt))
             check_servers(
                 config.rollout.servers,
                 policy,
                 config.rollout.server_timeout,
                 layers=rank_zero_only.rank == 0,
+                tokens=prompt + config.rollout.max_tokens,
             )
         self.module = RLModule(config, policy, tokenizer, config.task)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here

@@ -151,7 +151,7 @@ class VLLMServerEngine:
             with ThreadPoolExecutor(len(self.servers)) as pool:  # until the last one is done
                 list(pool.map(lambda server: _reload(server, path, name), self.servers))
         except (OSError, ValueError) as error:
-            return [error, ""]
+            return [error, name]  # whatever the servers have now, it is not that
         finally:
             for old in self.folder.glob("*"):
                 if old != path:
@@ -172,7 +172,12 @@ class VLLMServerEngine:
 
 
 def check_servers(
-    servers: Sequence[str], model: PreTrainedModel, timeout: float, *, layers: bool
+    servers: Sequence[str],
+    model: PreTrainedModel,
+    timeout: float,
+    *,
+    layers: bool,
+    tokens: int = 0,
 ) -> list[Server]:
     """Raises unless every server can sample for a trainer; asks each for eight tokens.
 
@@ -181,6 +186,7 @@ def check_servers(
         model: the policy, whose sizes the servers must have.
         timeout: seconds for an answer.
         layers: count theirs too, which takes a server the time to read its weights.
+        tokens: of a prompt with its longest answer.
 
     Returns:
         A client of each.
@@ -188,7 +194,8 @@ def check_servers(
     Raises:
         ConnectionError: a server does not answer; names it.
         ValueError: no address, one that is none, one twice; or a server not in dev mode, with raw
-            log-probs, with a smaller vocabulary or another number of layers.
+            log-probs, with a smaller vocabulary or another number of layers, or with room for
+            fewer tokens.
     """
     clients = [Server(url, timeout) for url in servers]
     if not clients or len({client.url for client in clients}) < len(clients):
@@ -200,6 +207,13 @@ def check_servers(
                 f"{client.url}: expected vLLM 0.32 or later in dev mode, which can take new "
                 f"weights; start it by `{_SERVE}`"
             )
+        for served in (client.call("/v1/models", missing_ok=True) or {}).get("data", []):
+            room = served.get("max_model_len")
+            if room is not None and room < tokens:
+                raise ValueError(
+                    f"{client.url}: expected room for a prompt and its rollout, {tokens} tokens, "
+                    f"found {room}; start it with --max-model-len {tokens} or more"
+                )
         probe = Request([vocabulary - 1], Sampling(max_tokens=8, top_k=1))
         answer = client.call("/v1/completions", _body(probe.prompt_ids, probe.sampling))
         [sample] = _samples(client, answer, probe, vocabulary, 0)
@@ -232,7 +246,9 @@ def _check_layers(client: Server, model: PreTrainedModel) -> None:
 
 
 def _layers(names: Iterable[str]) -> set[str]:
-    found = (re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name) for name in names)
+    # towers for pictures or sound, and layers that predict more tokens, are not the policy's
+    text = (name for name in names if not re.search("vis|audio|mtp", name))
+    found = (re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name) for name in text)
     return {match[1] for match in found if match}
 
 

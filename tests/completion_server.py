@@ -38,7 +38,7 @@ class CompletionServer:
         self.asked: list[str] = []  # endpoints
         self.failures: list[str] = []  # of the next completions, one each
         self.hung = threading.Event()  # ends the failure "hang"
-        self.url = ""
+        self.url, self.room = "", 64  # tokens of a prompt and its answer
         self._one_at_a_time = threading.Lock()
 
     def answer(self, path: str, body: Any) -> Any:
@@ -47,6 +47,8 @@ class CompletionServer:
             assert not self.paused
             with self._one_at_a_time:
                 return self._completions(body)
+        if path == "/v1/models":
+            return {"data": [{"id": "tiny", "max_model_len": self.room}]}
         if not self.dev:
             return None
         if path == "/pause?mode=wait&clear_cache=true":

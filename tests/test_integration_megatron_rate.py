@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from trimtab.integrations import megatron_model
+from trimtab.integrations import megatron as integration
 from trimtab.integrations._versions import require
 from trimtab.integrations.megatron import LengthTriggeredParamScheduler, length_triggered
 from trimtab.optim import LengthTriggeredLR
@@ -192,7 +192,7 @@ def test_versions_of_the_range_pass(found):
 def test_the_integration_itself_asks(monkeypatch):
     monkeypatch.setattr(megatron.core, "__version__", "0.20.0rc1")
     with pytest.raises(ImportError, match=r"megatron-core: .* below 0.20, found 0.20.0rc1"):
-        importlib.reload(megatron_model)
+        importlib.reload(integration)
 
 
 @pytest.mark.parametrize("found", ["0.15.9", "0.20.0", "1.0", "0.9"])

@@ -1,6 +1,6 @@
 """The verl plugin in verl 0.9.1: its registries, DataProto, configuration files and FSDP engine.
 
-How to run it: tests/verl_cases.py. What it does without verl: test_integration_verl_missing.py.
+How to run it: tests/verl_cases.py. What it does without verl: test_integration_missing.py.
 """
 
 import copy

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trimtab.rl.cli import main
 from trimtab.rl.engine import TransformersEngine
 from trimtab.rl.rollout import Request, Sampling
-from trimtab.rl.server_engine import VLLMServerEngine
+from trimtab.rl.server_engine import VLLMServerEngine, check_servers
 
 HOT = Sampling(n=3, max_tokens=12, temperature=1.3, min_p=0.02, stop_token_ids=(7, 9))
 PROMPTS = [[5, 17, 3], [8], [2, 2, 59, 31], [40, 7], [1, 3, 5, 7]]
@@ -186,6 +186,8 @@ def test_a_reload_that_fails_leaves_no_server_paused(servers, tmp_path):
     with pytest.raises(ValueError, match=r"/collective_rpc: .*no.such.weight.*; does it see /"):
         engine.update_weights([("no.such.weight", torch.ones(2))], 1)
     assert not any(server.paused for server in servers)
+    with pytest.raises(ValueError, match=r"expected the weights '1-.*' of this trainer, found"):
+        engine.generate(requests())
 
 
 def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
@@ -209,6 +211,11 @@ def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
         with pytest.raises(ValueError, match=r"servers: "):
             VLLMServerEngine(causal_lm("llama"), urls, tmp_path)
     engine = engine_of(servers, tmp_path)
+    addresses = [server.url for server in servers]
+    servers[1].room = 20
+    check_servers(addresses, engine.model, 30, layers=False, tokens=20)
+    with pytest.raises(ValueError, match=f"{addresses[1]}: expected room .* 21 tokens, found 20"):
+        check_servers(addresses, engine.model, 30, layers=False, tokens=21)
     with pytest.raises(ValueError, match=r"requests\[0\]: expected a temperature of 0 or >= 0.01"):
         engine.generate(requests(temperature=0.001))
     with pytest.raises(ValueError, match=r"requests\[0\]: expected a prompt"):
@@ -280,6 +287,7 @@ def test_a_run_whose_server_dies_leaves_nothing_behind_and_goes_on_with_another(
 # * server_engine.py: _check_name passes
 # * server_engine.py: _reload without resume after an error
 # * server_engine.py: weights keep their own dtype
+# * server_engine.py: return [error, ""]; room <= tokens
 # * server_engine.py: without stored_buffers; without _check_layers
 # * server_engine.py: min(sample.logprobs) < -1e-6 for raw log-probs
 # * server_engine.py: a ThreadPoolExecutor for _by_threads
