@@ -17,8 +17,13 @@ LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
 )  # fmt: skip
 
-# One head that no attribute speaks of, and convolutions without heads.
-WITHOUT_HEAD_SIZE = {"GroupViTModel", "JanusForConditionalGeneration"}
+# One head that no attribute speaks of (the first), and convolutions without heads.
+WITHOUT_HEAD_SIZE = {
+    "GroupViTModel",
+    "Apertus1p5Model",
+    "JanusForConditionalGeneration",
+    "WavTokenizerModel",
+}
 
 
 def shorten(config):
