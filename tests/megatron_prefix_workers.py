@@ -509,6 +509,8 @@ def check_refused_arguments():
         ({"min_bound": -1.0}, "min_bound: expected"),
         ({"prefix_memory": "keep"}, "prefix_memory: expected 'recompute', got 'keep'"),
         ({"prefix_memory": "disk"}, "prefix_memory: expected"),
+        ({"temperature": 0.0}, "temperature: expected"),
+        ({"prune": 1.5}, "prune: expected"),
     ):
         with pytest.raises(ValueError, match=message):
             MegatronSharedPrefix(model, **options)

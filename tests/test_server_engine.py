@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trimtab.rl.cli import main
 from trimtab.rl.engine import TransformersEngine
 from trimtab.rl.rollout import Request, Sampling
-from trimtab.rl.server_engine import VLLMServerEngine, check_servers
+from trimtab.rl.server_engine import VLLMServerEngine, _layers, check_servers
 
 HOT = Sampling(n=3, max_tokens=12, temperature=1.3, min_p=0.02, stop_token_ids=(7, 9))
 PROMPTS = [[5, 17, 3], [8], [2, 2, 59, 31], [40, 7], [1, 3, 5, 7]]
@@ -207,6 +207,8 @@ def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
         with serving(CompletionServer(causal_lm("llama", num_hidden_layers=layers))) as server:
             with pytest.raises(ValueError, match=f"{server.url}: .* 2 layers, found {layers}"):
                 engine_of([server], tmp_path)
+    vision = {"model.visual.blocks.7.attn.qkv.weight": "", "model.layers.0.mlp.weight": ""}
+    assert _layers(vision) == _layers(["layers.0.x"]) == {"0"}  # a tower is no layer of a policy
     for urls in ([], ["127.0.0.1:80"], ["ftp://a:1"], ["http://a:b"], [servers[0].url] * 2):
         with pytest.raises(ValueError, match=r"servers: "):
             VLLMServerEngine(causal_lm("llama"), urls, tmp_path)
