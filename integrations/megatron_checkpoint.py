@@ -96,8 +96,12 @@ class _AdamForm(MegatronOptimizer):
         moments = fold_moments(self.optimizer, sums)
         for number, own in state.items():
             step = own.get("step", common)
-            if step is None:  # Transformer Engine and Apex count in groups; Megatron omits a 0
-                step = group_of[number].get("step", 0)
+            if step is None:  # Transformer Engine and Apex count in groups
+                step = group_of[number].get("step")
+            if step is None:  # Megatron omits a 0
+                if own["exp_avg"].any():
+                    raise ValueError("state_dict: expected the step of moments that are not 0")
+                step = 0
             state[number] = {**own, "exp_avg_sq": moments[params[number]], "step": step}
         return {**saved, "state": state}
 

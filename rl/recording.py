@@ -31,17 +31,18 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
     """Ctrl-C within the block acts at its end; only the main thread gets one, and may ask so."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)  # None: a handler that is not Python's
+    if threading.current_thread() is not threading.main_thread() or before is None:
         yield
         return
-    came: list[tuple[int, Any]] = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if came and callable(before):
-            before(*came[0])
+        if came:
+            signal.raise_signal(signal.SIGINT)  # whatever acts on it: a handler, or the system
 
 
 class TensorBoard(TensorBoardLogger):

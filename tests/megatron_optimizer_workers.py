@@ -590,6 +590,11 @@ def check_refusals(folder):
     rules = [inner.layout(p).kind for p in inner.param_groups[0]["params"]]
     assert rules.count("whole") == MODEL["num_layers"]
     saved = adam.state_dict()
+    for own in saved["state"].values():
+        own["exp_avg"] = torch.ones_like(own["exp_avg"])
+        del own["step"]
+    with pytest.raises(ValueError, match="expected the step of moments that are not 0"):
+        adam.load_state_dict(saved)
     saved["state"] = {0: {"momentum_buffer": torch.zeros(1)}}
     with pytest.raises(ValueError, match="expected exp_avg and exp_avg_sq of an Adam, found"):
         adam.load_state_dict(saved)

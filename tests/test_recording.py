@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -285,6 +286,24 @@ def test_ctrl_c_waits_until_the_logger_is_done(name, arguments, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         getattr(TensorBoard(tmp_path), name)(*arguments)
     assert done == [arguments] and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_in_the_logger_does_what_it_does_elsewhere(tmp_path, monkeypatch):
+    """Nothing where it is ignored; the end of the process where the system decides."""
+    monkeypatch.setattr(TensorBoardLogger, "save", lambda _: signal.raise_signal(signal.SIGINT))
+    board, handler = TensorBoard(tmp_path), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        board.save()
+        pid = os.fork()
+        if not pid:
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                board.save()
+            finally:  # the tests are the parent's
+                os._exit(0)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_what_the_logger_raises_passes_and_other_threads_log(tmp_path, monkeypatch):

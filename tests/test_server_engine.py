@@ -190,7 +190,7 @@ def test_a_reload_that_fails_leaves_no_server_paused(servers, tmp_path):
         engine.generate(requests())
 
 
-def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
+def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path, caplog):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         down = f"http://127.0.0.1:{free.getsockname()[1]}"  # bound, and nobody listens
@@ -214,6 +214,9 @@ def test_what_cannot_sample_for_a_trainer_is_refused(servers, tmp_path):
             VLLMServerEngine(causal_lm("llama"), urls, tmp_path)
     engine = engine_of(servers, tmp_path)
     addresses = [server.url for server in servers]
+    servers[1].checks = False
+    check_servers(addresses, engine.model, 30, layers=True)
+    assert caplog.text.count("layers are not compared") == 1 and "Duplicate" in caplog.text
     servers[1].room = 20
     check_servers(addresses, engine.model, 30, layers=False, tokens=20)
     with pytest.raises(ValueError, match=f"{addresses[1]}: expected room .* 21 tokens, found 20"):
