@@ -45,6 +45,7 @@ _HOMES = {
         "RolloutEngine",
         "Sample",
         "Sampling",
+        "Tree",
     ),
     "server_engine": ("VLLMServerEngine",),
     "tasks": ("JsonLinesTask", "Problem", "ReasoningGymTask", "Task"),

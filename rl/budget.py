@@ -315,7 +315,7 @@ def with_greedy_extras(requests: Sequence[Request]) -> list[Request]:
 
     Returns:
         Twice as many requests, in turn sampled and greedy; a greedy one has n = 1, temperature 0,
-        no truncation, the same stop tokens and length limit, and `meta` with `greedy: True`. One
+        no truncation and no tree, the same stop tokens and length limit, and `meta` with `greedy: True`. One
         call of `RolloutEngine.generate` takes them all; the greedy rows go to `remax_advantages` as
         `greedy` and nowhere else.
 
@@ -329,6 +329,8 @@ def with_greedy_extras(requests: Sequence[Request]) -> list[Request]:
     for i, request in enumerate(requests):
         if request.sampling.temperature == 0:
             raise ValueError(f"requests[{i}]: expected temperature > 0, got a greedy request")
-        greedy = replace(request.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+        greedy = replace(
+            request.sampling, n=1, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, tree=None
+        )
         extras += [request, replace(request, sampling=greedy, meta=request.meta | {"greedy": True})]
     return extras

@@ -18,6 +18,42 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class Tree:
+    """How the rollouts of a prompt share segments (TreePO).
+
+    All paths decode a segment; then, while rollouts are missing, each path that goes on gives
+    birth to others that share what it has. When every path has ended, missing rollouts start at an
+    earlier boundary of one that has. So rollouts are no independent draws: each is a sample of the
+    policy given where it branched.
+
+    Args:
+        segment: tokens of a segment, >= 1.
+        branches: most ways in which a path goes on at a boundary, and from the prompt, >= 2.
+        repeats: a path ends, as one that was cut, when its last segment has come this many times
+            in a row, >= 2; 0: never.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source:
+        TreePO, arXiv 2508.17445.
+    """
+
+    segment: int = 16
+    branches: int = 2
+    repeats: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds, expected in (
+            ("segment", self.segment >= 1, "a count >= 1"),
+            ("branches", self.branches >= 2, "a count >= 2"),
+            ("repeats", self.repeats == 0 or self.repeats >= 2, "0 or a count >= 2"),
+        ):
+            if not holds:
+                raise ValueError(f"tree.{name}: expected {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to sample one request.
 
@@ -30,6 +66,7 @@ class Sampling:
         min_p: keep tokens with p >= min_p * max p, in [0, 1); 0 keeps all.
         stop_token_ids: a rollout ends with the first of these, which belongs to it.
         seed: of this request's random numbers.
+        tree: rollouts that share segments; None: independent ones.
 
     Raises:
         ValueError: a value outside its range.
@@ -43,6 +80,7 @@ class Sampling:
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         for name, holds, expected in (
@@ -82,6 +120,8 @@ class Sample:
             temperature and truncation; for greedy decoding, under the untruncated distribution).
         finish_reason: `stop` (a stop token ends it) or `length` (cut at max_tokens).
         version: weight version that sampled it.
+        path: of a rollout in a tree: for each of its segments the number of the rollout, among
+            those of its request, that decoded it.
 
     Raises:
         ValueError: not one log-probability per token.
@@ -91,6 +131,7 @@ class Sample:
     logprobs: list[float]
     finish_reason: FinishReason
     version: int = 0
+    path: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):
@@ -105,10 +146,12 @@ class Capabilities(NamedTuple):
     Args:
         processed_logprobs: log-probs are of the distribution sampled, after temperature and min_p.
         min_p: it can truncate by min_p.
+        tree: it can sample rollouts that share segments.
     """
 
     processed_logprobs: bool
     min_p: bool
+    tree: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -129,16 +172,19 @@ class RolloutEngine(Protocol):
         ...
 
 
-def refuse_engine(capabilities: Capabilities, *, processed: bool, min_p: bool) -> None:
+def refuse_engine(
+    capabilities: Capabilities, *, processed: bool, min_p: bool, tree: bool = False
+) -> None:
     """Raises if a recipe needs what an engine cannot do.
 
     Args:
         capabilities: of the engine.
         processed: the recipe samples from another distribution than the plain softmax.
         min_p: it truncates by min_p (vocabulary pruning).
+        tree: its rollouts share segments.
 
     Raises:
-        ValueError: the engine reports raw log-probs, or has no min_p.
+        ValueError: the engine reports raw log-probs, has no min_p, or grows no trees.
     """
     if processed and not capabilities.processed_logprobs:
         raise ValueError(
@@ -147,6 +193,8 @@ def refuse_engine(capabilities: Capabilities, *, processed: bool, min_p: bool) -
         )
     if min_p and not capabilities.min_p:
         raise ValueError("engine: expected min_p for vocabulary pruning, this one has none")
+    if tree and not capabilities.tree:
+        raise ValueError("engine: expected one that grows trees (rollout.tree), this one does not")
 
 
 def truncate_distribution(logits: Tensor, sampling: Sampling) -> Tensor:

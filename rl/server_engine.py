@@ -308,6 +308,8 @@ def _reload(server: Server, path: Path, name: str) -> None:
 def _check_request(where: str, request: Request) -> None:
     if not len(request.prompt_ids):
         raise ValueError(f"{where}: expected a prompt of at least one token, got none")
+    if request.sampling.tree is not None:
+        raise ValueError(f"{where}: expected no tree, which a server cannot grow, got one")
     if 0 < request.sampling.temperature < _LEAST_TEMPERATURE:
         raise ValueError(
             f"{where}: expected a temperature of 0 or >= {_LEAST_TEMPERATURE}, to which vLLM "
