@@ -27,6 +27,10 @@ class RolloutBatch:
         group_ids: [B] int64: the same over all processes.
         rewards: [B] fp32.
         truncated: [B] bool: cut at the token limit.
+        paths: [B, D] int64: who decoded each segment of a rollout in a tree, -1 behind its end;
+            None: no trees.
+        greedy_rewards: [P] fp32, of the greedy rollout of each prompt, NaN where it was lost; None:
+            there are none.
     """
 
     prompts: list[list[int]]
@@ -37,6 +41,8 @@ class RolloutBatch:
     group_ids: Tensor
     rewards: Tensor
     truncated: Tensor
+    paths: Tensor | None = None
+    greedy_rewards: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -71,6 +77,8 @@ class RolloutBatch:
             self.group_ids[rows],
             self.rewards[rows],
             self.truncated[rows],
+            None if self.paths is None else self.paths[rows],
+            None if self.greedy_rewards is None else self.greedy_rewards[groups],
         )
 
 
@@ -80,6 +88,8 @@ def collate(
     groups: Sequence[Sequence[Sample]],
     rewards: Sequence[Sequence[float | None]],
     device: torch.device | str = "cpu",
+    *,
+    greedy_rewards: Sequence[float | None] | None = None,
 ) -> RolloutBatch:
     """Rollouts with a reward as padded tensors; rollouts whose reward was lost are left out.
 
@@ -89,6 +99,7 @@ def collate(
         groups: samples of each prompt.
         rewards: reward of each sample, or None.
         device: of the tensors.
+        greedy_rewards: reward of each prompt's greedy rollout, or None; None: there are none.
 
     Returns:
         The batch; B is 0, and T is 1, when no reward is left.
@@ -109,6 +120,14 @@ def collate(
         logp[row, :length] = torch.tensor(sample.logprobs, dtype=torch.float32)
         mask[row, :length] = True
     index = torch.tensor([p for p, _, _ in kept], dtype=torch.long)
+    depth = max((len(sample.path) for _, sample, _ in kept), default=0)
+    paths = torch.full((len(kept), depth), -1, dtype=torch.long)
+    for row, (_, sample, _) in enumerate(kept):
+        paths[row, : len(sample.path)] = torch.tensor(sample.path, dtype=torch.long)
+    greedy = None
+    if greedy_rewards is not None:
+        scores = [torch.nan if reward is None else reward for reward in greedy_rewards]
+        greedy = torch.tensor(scores, dtype=torch.float32).to(device)
     return RolloutBatch(
         [list(prompt) for prompt in prompts],
         tokens.to(device),
@@ -120,4 +139,6 @@ def collate(
         torch.tensor([s.finish_reason == "length" for _, s, _ in kept], dtype=torch.bool).to(
             device
         ),
+        paths.to(device) if depth else None,
+        greedy,
     )

@@ -315,9 +315,9 @@ def with_greedy_extras(requests: Sequence[Request]) -> list[Request]:
 
     Returns:
         Twice as many requests, in turn sampled and greedy; a greedy one has n = 1, temperature 0,
-        no truncation and no tree, the same stop tokens and length limit, and `meta` with `greedy: True`. One
-        call of `RolloutEngine.generate` takes them all; the greedy rows go to `remax_advantages` as
-        `greedy` and nowhere else.
+        no truncation and no tree, the same stop tokens and length limit, and `meta` with
+        `greedy: True`. One call of `RolloutEngine.generate` takes them all; the greedy rows go to
+        `remax_advantages` as `greedy` and nowhere else.
 
     Raises:
         ValueError: a request is greedy already.

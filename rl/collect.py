@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from .budget import with_greedy_extras
 from .config import RLConfig
 from .rewards import RewardWorker
-from .rollout import Request, RolloutEngine, Sample, Sampling
+from .rollout import Request, RolloutEngine, Sample, Sampling, Tree
 from .tasks import Problem, Split, Task
 
 
@@ -27,6 +28,8 @@ class ScoredGroup:
         samples: the rollouts.
         completions: their texts without the stop token, for reward functions and people only.
         rewards: one per rollout; None where it was lost.
+        greedy: the greedy rollout beside them, in no loss and no mean; None: not asked for.
+        greedy_reward: its reward; None where it was lost.
     """
 
     number: int
@@ -35,6 +38,12 @@ class ScoredGroup:
     samples: list[Sample]
     completions: list[str]
     rewards: list[float | None]
+    greedy: Sample | None = None
+    greedy_reward: float | None = None
+
+    def all_rewards(self) -> list[float | None]:
+        """Those of the rollouts, and of the greedy one where it was asked for."""
+        return self.rewards + ([] if self.greedy is None else [self.greedy_reward])
 
 
 class Collected(NamedTuple):
@@ -78,6 +87,9 @@ class Collector:
         split: Split,
         numbers: Sequence[int],
         seed_of: Callable[[int], int],
+        *,
+        counts: Sequence[int] | None = None,
+        greedy: bool = False,
         **changes: Any,
     ) -> Collected:
         """Rollouts of some problems, scored.
@@ -87,7 +99,9 @@ class Collector:
             split: of the task.
             numbers: of the problems.
             seed_of: number of a problem -> seed of its request.
-            changes: fields of the run's Sampling to change.
+            counts: rollouts of each problem; None: the run's group_size of each.
+            greedy: one greedy rollout beside each group, scored too (ReMax).
+            **changes: fields of the run's Sampling to change.
 
         Returns:
             Collected, one group per number, in order.
@@ -95,27 +109,46 @@ class Collector:
         problems = [self.task.problem(split, number) for number in numbers]
         prompts = [self.tokenizer.encode(problem.prompt) for problem in problems]
         started = time.perf_counter()
-        samples = engine.generate(
-            [
-                Request(prompt, self.sampling(seed=seed_of(number), **changes))
-                for number, prompt in zip(numbers, prompts, strict=True)
+        requests = [
+            Request(prompt, self.sampling(seed=seed_of(number), **changes))
+            for number, prompt in zip(numbers, prompts, strict=True)
+        ]
+        if counts is not None:
+            requests = [
+                replace(request, sampling=replace(request.sampling, n=count))
+                for request, count in zip(requests, counts, strict=True)
             ]
-        )
+        samples = engine.generate(with_greedy_extras(requests) if greedy else requests)
         sampled = time.perf_counter()
+        extras: list[Sample] = []
+        if greedy:
+            extras = [sample for [sample] in samples[1::2]]
+            samples = samples[::2]
         texts = [[self.completion(sample) for sample in group] for group in samples]
-        rows = [(p, i) for p, group in enumerate(samples) for i in range(len(group))]
+        rows = [(p, s, t) for p, g in enumerate(samples) for s, t in zip(g, texts[p], strict=True)]
+        rows += [(p, sample, self.completion(sample)) for p, sample in enumerate(extras)]
         scored = self.worker.score(
-            [problems[p].prompt for p, _ in rows],
-            [texts[p][i] for p, i in rows],
-            [samples[p][i].token_ids for p, i in rows],
-            [problems[p].columns for p, _ in rows],
+            [problems[p].prompt for p, _, _ in rows],
+            [text for _, _, text in rows],
+            [sample.token_ids for _, sample, _ in rows],
+            [problems[p].columns for p, _, _ in rows],
         )
-        rewards: list[list[float | None]] = [[] for _ in problems]
-        for (p, _), reward in zip(rows, scored.rewards, strict=True):
-            rewards[p].append(reward)
+        rest = iter(scored.rewards)
+        rewards = [[next(rest) for _ in group] for group in samples]
+        greedy_rewards = list(rest) or [None] * len(problems)
         groups = [
             ScoredGroup(*parts)
-            for parts in zip(numbers, problems, prompts, samples, texts, rewards, strict=True)
+            for parts in zip(
+                numbers,
+                problems,
+                prompts,
+                samples,
+                texts,
+                rewards,
+                extras or [None] * len(problems),
+                greedy_rewards,
+                strict=True,
+            )
         ]
         seconds = (sampled - started, time.perf_counter() - sampled)
         return Collected(groups, scored.errors, scored.timeouts, *seconds)
@@ -129,6 +162,7 @@ class Collector:
             "temperature": rollout.temperature,
             "min_p": 0.0 if pruning is None else pruning.rho,
             "stop_token_ids": self.stop_token_ids,
+            "tree": rollout.tree,
         }
         return Sampling(**(options | changes))
 
@@ -140,6 +174,28 @@ class Collector:
     def close(self) -> None:
         """Ends the reward process."""
         self.worker.close()
+
+
+def decoded_fraction(groups: Sequence[ScoredGroup], tree: Tree) -> float:
+    """Tokens that trees decoded, as a share of those of their rollouts.
+
+    Args:
+        groups: with at least one token.
+        tree: their shape.
+
+    Returns:
+        In (0, 1]; 1 where nothing was shared.
+    """
+    decoded = told = 0
+    for group in groups:
+        nodes: dict[tuple[int, ...], int] = {}
+        for sample in group.samples:
+            told += len(sample.token_ids)
+            for depth in range(len(sample.path)):
+                rest = len(sample.token_ids) - depth * tree.segment
+                nodes[sample.path[: depth + 1]] = min(tree.segment, rest)
+        decoded += sum(nodes.values())
+    return decoded / told
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int, ...]:

@@ -60,8 +60,8 @@ def evaluate(module: RLModule, engine: RolloutEngine, version: int) -> Evaluatio
         entry[1] += 1
 
     for kind, changes in (
-        ("sampled", {"n": config.samples}),
-        ("greedy", {"n": 1, "temperature": 0.0}),
+        ("sampled", {"n": config.samples, "tree": None}),
+        ("greedy", {"n": 1, "temperature": 0.0, "tree": None}),
     ):
         collected = module.collector.collect(
             engine,

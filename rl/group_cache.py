@@ -25,6 +25,7 @@ def rectangle(counts: Sequence[int]) -> tuple[list[int], int]:
         The prompt of each segment, in order, and the rows of every segment. A prompt with more rows
         has several segments, one with none has none; the last one of a prompt may not be full.
     """
+
     # a segment costs as much as about two rows: its prompt's keys are copied and read
     def cost(width: int) -> int:
         return sum(math.ceil(count / width) * (width + 2) for count in counts)

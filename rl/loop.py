@@ -7,40 +7,27 @@ sample what one would.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optim import AdamMini, LengthTriggeredLR
 from ..stability import group_metrics
-from ..triton_kernels.token_stats import TokenStats
 from .batch import RolloutBatch, collate
-from .collect import Collected, Collector, ScoredGroup, stable_seed
+from .budget import SuccessRates, allocate_budget, budget_metrics
+from .collect import Collected, Collector, ScoredGroup, decoded_fraction, stable_seed
 from .config import RLConfig
+from .data import problems_of_update
 from .engine import TransformersEngine
-from .objective import (
-    Objective,
-    batch_metrics,
-    objective,
-    policy_statistics,
-    token_weights,
-    trusted_rollouts,
-)
-from .prefix import SharedPrefix
-from .prefix_waves import Wave, WaveOutput
+from .policy_update import PolicyUpdate
 from .ranks import (
     check_shares,
     mean_over_ranks,
@@ -50,13 +37,7 @@ from .ranks import (
 )
 from .rollout import RolloutEngine, refuse_engine
 from .server_engine import VLLMServerEngine
-from .sharding import (
-    all_reduce_gradients,
-    full_parameters,
-    is_sharded,
-    shard_policy,
-    take_part_in_backward,
-)
+from .sharding import full_parameters, is_sharded, shard_policy
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -78,7 +59,10 @@ class RLModule(pl.LightningModule):
         policy: causal LM; trained in the dtype it comes in.
         tokenizer: turns prompts into ids once, and completions into text for the reward.
         task: gives the reward function and the stop text.
+        teacher: of the loss imitation, with the policy's vocabulary; else None.
     """
+
+    teacher: PreTrainedModel | None
 
     def __init__(
         self,
@@ -86,6 +70,7 @@ class RLModule(pl.LightningModule):
         policy: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         # The update accumulates over parts of the batch and may take several steps.
@@ -97,14 +82,26 @@ class RLModule(pl.LightningModule):
         self.last_groups: list[ScoredGroup] = []
         self.last_metrics: dict[str, float] = {}
         self.engine: RolloutEngine | None = None
-        self.shared_prefix: SharedPrefix | None = None
         self.collector = Collector(config, task, tokenizer)
+        self.reference: PreTrainedModel | None = None  # its weights are part of the checkpoint
+        if config.update.reference is not None:
+            self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        object.__setattr__(self, "teacher", teacher)  # its weights are not
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+        budget = config.rollout.budget
+        self.success_rates: SuccessRates | None = None
+        if budget is not None:
+            self.success_rates = SuccessRates(
+                decay=budget.decay, smoothing=budget.smoothing, threshold=budget.threshold
+            )
+        self.policy_update = self._make_policy_update()
 
     # ---------------------------------------------------------------- Lightning's hooks
 
     def setup(self, stage: str) -> None:
         """Refuses what would not be exact, also for those who use the module without `Run`."""
-        refuse_strategy(self.trainer.strategy, self.config.update.head)
+        refuse_strategy(self.trainer.strategy, self.config.update)
         refuse_precision(self.trainer.precision)
         check_shares(self.config.rollout.prompts, self.trainer.world_size)
 
@@ -150,21 +147,33 @@ class RLModule(pl.LightningModule):
             self.engine = self._make_engine()
         if isinstance(self.engine, TransformersEngine):
             self.engine.to(self.device)
-        if self.config.update.route == "three_phase":
-            self.shared_prefix = self._make_shared_prefix()
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        self.policy_update.begin()
         needs_min_p = self.config.update.pruning is not None
         tempered = self.config.rollout.temperature != 1 or needs_min_p
-        refuse_engine(self.engine.capabilities, processed=tempered, min_p=needs_min_p)
+        refuse_engine(
+            self.engine.capabilities,
+            processed=tempered,
+            min_p=needs_min_p,
+            tree=self.config.rollout.tree is not None,
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["trimtab"] = {
-            "updates_done": self.updates_done,
-            "skipped_updates": self.skipped_updates,
-        }
+        state = {"updates_done": self.updates_done, "skipped_updates": self.skipped_updates}
+        if self.success_rates is not None:
+            state["success_rates"] = self.success_rates.state_dict()
+        if self.policy_update.replay is not None:
+            state["replay"] = self.policy_update.replay.state_dict()
+        checkpoint["trimtab"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.updates_done = checkpoint["trimtab"]["updates_done"]
-        self.skipped_updates = checkpoint["trimtab"]["skipped_updates"]
+        state = checkpoint["trimtab"]
+        self.updates_done, self.skipped_updates = state["updates_done"], state["skipped_updates"]
+        if self.success_rates is not None:
+            self.success_rates.load_state_dict(state["success_rates"])
+        if self.policy_update.replay is not None:
+            self.policy_update.replay.load_state_dict(state["replay"])
         # A run is one Lightning epoch. If it had ended, more updates go on in that same epoch.
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"]["is_last_batch"] = False
@@ -174,13 +183,17 @@ class RLModule(pl.LightningModule):
     def training_step(self, batch: tuple[int, list[int]], batch_index: int) -> None:
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
         update, numbers = batch
-        assert self.engine is not None
+        assert self.engine is not None and self.policy_update is not None
         self.engine.update_weights(full_parameters(self.policy), version=update)
+        counts, budget = self._counts_of(update, numbers)
+        greedy = self.config.update.advantage == "remax"
         collected = self.collector.collect(
             self.engine,
             "train",
             numbers,
             lambda number: stable_seed(self.config.seed, "rollout", update, number),
+            counts=counts,
+            greedy=greedy,
         )
         groups = collected.groups
         rollouts = collate(
@@ -189,16 +202,19 @@ class RLModule(pl.LightningModule):
             [group.samples for group in groups],
             [group.rewards for group in groups],
             self.device,
+            greedy_rewards=[group.greedy_reward for group in groups] if greedy else None,
         )
         started = time.perf_counter()
-        facts = self._rollout_facts(rollouts, collected)
+        facts = self._rollout_facts(rollouts, collected) | budget
         metrics: dict[str, float] = {}
         if facts["rollouts"]:
-            metrics = self._update(rollouts, facts)
+            metrics = self.policy_update.take(rollouts, facts)
         else:
-            self._skip("no reward is left")
+            self.skip("no reward is left")
+        self._observe_successes(groups)
         self.last_groups = groups
         self.updates_done = update + 1
+        self._reset_reference()
         times = {
             "time/rollout": collected.rollout_seconds,
             "time/reward": collected.reward_seconds,
@@ -219,6 +235,9 @@ class RLModule(pl.LightningModule):
 
     # ---------------------------------------------------------------- the parts of an update
 
+    def _make_policy_update(self) -> PolicyUpdate:
+        return PolicyUpdate(self)
+
     def _make_engine(self) -> RolloutEngine:
         rollout = self.config.rollout
         if rollout.servers:
@@ -237,19 +256,6 @@ class RLModule(pl.LightningModule):
             max_rows=rollout.max_rows,
         )
 
-    def _make_shared_prefix(self) -> SharedPrefix:
-        update, options = self.config.update, self.config.update.prefix
-        return SharedPrefix(
-            self.policy,
-            prefix_memory=options.memory,
-            wave_tokens=options.wave_tokens,
-            min_bound=options.min_bound,
-            verify=options.verify,
-            head=update.head,
-            temperature=self.config.rollout.temperature,
-            prune=None if update.pruning is None else update.pruning.rho,
-        )
-
     def _rollout_facts(self, batch: RolloutBatch, collected: Collected) -> dict[str, float]:
         """Means over the rollouts of all processes, exactly."""
         lengths = batch.mask.sum(-1)
@@ -262,7 +268,7 @@ class RLModule(pl.LightningModule):
                 batch.truncated.sum().item(),
                 collected.errors,
                 collected.timeouts,
-                sum(r is None for group in collected.groups for r in group.rewards)
+                sum(reward is None for group in collected.groups for reward in group.all_rewards())
                 - collected.errors
                 - collected.timeouts,
             ],
@@ -287,180 +293,51 @@ class RLModule(pl.LightningModule):
                 "truncated": truncated / n,
             }
         groups = group_metrics(batch.rewards, batch.group_ids) if len(batch) else {}
+        tree = self.config.rollout.tree
+        if tree is not None and len(batch):
+            groups = groups | {"tree/decoded_fraction": decoded_fraction(collected.groups, tree)}
         return facts | mean_over_ranks(groups)
 
-    def _update(self, batch: RolloutBatch, facts: dict[str, float]) -> dict[str, float]:
-        """The optimizer's steps on one batch of rollouts."""
-        config, optimizer = self.config.update, self.optimizers()
-        process_group = dist.group.WORLD if world_size() > 1 else None
-        parts = self._parts(batch)
-        old_logp = torch.zeros_like(batch.rollout_logp)
-        metrics: dict[str, float] = {}
-        for epoch in range(config.epochs):
-            optimizer.zero_grad()
-            keep = self._kept_rollouts(batch, parts)
-            weights = token_weights(
-                batch, config, self.config.rollout.max_tokens, process_group, keep
-            )
-            done: list[tuple[Tensor, Objective]] = []
-            for rows in parts:
-                if rows is None:
-                    self._take_part()
-                    continue
-                part = batch.select(rows)
-                of_part = partial(
-                    self._objective,
-                    part=part,
-                    weights=weights[rows][:, : part.mask.shape[1]],
-                    old_logp=old_logp,
-                    rows=rows,
-                    first=epoch == 0,
-                )
-                with self._without_gradient_sync():
-                    done.append((rows, self._backward_of_part(part, of_part)))
-            if self.shared_prefix is not None:
-                metrics |= mean_over_ranks(self.shared_prefix.metrics())
-            own = batch_metrics(done, batch, weights, old_logp, config) if done else {}
-            found = mean_over_ranks(own)
-            self._add_gradients_of_ranks()
-            stepped = self._step(optimizer, found)
-            prefix = f"epoch_{epoch + 1}/" if epoch else ""
-            metrics |= {prefix + name: value for name, value in found.items()}
-            if not stepped:
-                self._skip("the gradient is not finite")
-                break
-        self._schedule(facts, metrics)
-        return metrics
+    def _counts_of(self, update: int, numbers: list[int]) -> tuple[list[int] | None, dict]:
+        """Rollouts of each of this process's problems, and metrics of all; None: group_size."""
+        budget, rollout = self.config.rollout.budget, self.config.rollout
+        if budget is None or self.success_rates is None:
+            return None, {}
+        everyone = problems_of_update(self.config, update)
+        ids = [self.collector.task.problem("train", number).id for number in everyone]
+        rates = self.success_rates.rates(ids)
+        total = rollout.prompts * rollout.group_size
+        counts = allocate_budget(rates, total, low=budget.low, high=budget.high)
+        of_number = dict(zip(everyone, counts.tolist(), strict=True))
+        metrics = {name: float(x) for name, x in budget_metrics(rates, counts).items()}
+        return [of_number[number] for number in numbers], metrics
 
-    def _objective(
-        self,
-        stats: TokenStats,
-        part: RolloutBatch,
-        weights: Tensor,
-        old_logp: Tensor,
-        rows: Tensor,
-        first: bool,
-    ) -> Objective:
-        """Of some rows of the batch; in the first epoch their log-probs go to `old_logp` [B, T]."""
-        width = part.mask.shape[1]
-        if first:
-            columns = torch.arange(width, device=self.device)
-            old_logp[rows.nonzero(), columns] = stats.logp.detach().to(old_logp.dtype)
-        return objective(stats, part, weights, old_logp[rows][:, :width], self.config.update)
-
-    def _backward_of_part(
-        self, part: RolloutBatch, of_part: Callable[[TokenStats], Objective]
-    ) -> Objective:
-        """Statistics of some whole groups, their objective, and its backward pass."""
-        # reduce-scatter of FSDP2 averages; the weights already divide by global counts
-        scale = world_size() if is_sharded(self.policy) else 1
-        if self.shared_prefix is None:
-            result = of_part(self._statistics(part))
-            self.manual_backward(result.loss * scale)
-            return result
-        results: list[Objective] = []
-
-        def loss(out: WaveOutput, _whole: Wave) -> Tensor:
-            results.append(of_part(out.stats))
-            return results[-1].loss * scale
-
-        (prompt,) = part.prompts
-        with self.shared_prefix.group(prompt) as group:
-            # jointly: the token baseline is taken over the group
-            group.accumulate(part.responses(), loss, joint=True, by=self.manual_backward)
-        return results[-1]
-
-    def _take_part(self) -> None:
-        """What a process without a part does while the others have one (FSDP2)."""
-        if self.shared_prefix is None:
-            take_part_in_backward(self.policy)
-        else:
-            self.shared_prefix.idle_group(joint=True)
-
-    def _without_gradient_sync(self) -> AbstractContextManager[None]:
-        """DDP would average after each part; `_add_gradients_of_ranks` sums once, at the end."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy):
-            return strategy.block_backward_sync()
-        return nullcontext()
-
-    def _parts(self, batch: RolloutBatch) -> list[Tensor | None]:
-        """[B] bool row masks of whole groups whose graphs are alive together.
-
-        A sharded policy is called by all processes alike: those with fewer parts fill up with None.
-        """
-        size = self.config.update.micro_prompts or len(batch.prompts)
-        if self.shared_prefix is not None:
-            size = 1
-        parts = [
-            batch.rows_of_prompts(first, first + size)
-            for first in range(0, len(batch.prompts), size)
-        ]
-        parts = [rows for rows in parts if rows.any()]
-        if not is_sharded(self.policy):
-            return parts
-        count = torch.tensor(len(parts), device=self.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        return parts + [None] * (int(count) - len(parts))
-
-    def _statistics(self, part: RolloutBatch) -> TokenStats:
-        if self.shared_prefix is not None:
-            (prompt,) = part.prompts
-            with torch.no_grad(), self.shared_prefix.group(prompt) as group:
-                return group.statistics(part.responses()).stats
-        update, rollout = self.config.update, self.config.rollout
-        return policy_statistics(self.policy, part, update, rollout.temperature)
-
-    def _kept_rollouts(self, batch: RolloutBatch, parts: list[Tensor | None]) -> Tensor | None:
-        """[B] bool for `denominator: kept`, which must be known before the first weight is."""
-        region = self.config.update.trust_region
-        if region is None or region.denominator == "total":
-            return None
-        keep = batch.mask.new_zeros(len(batch))
-        with torch.no_grad():
-            for rows in parts:
-                if rows is None:
-                    self._take_part()
-                    continue
-                part = batch.select(rows)
-                keep[rows] = trusted_rollouts(self._statistics(part), part, self.config.update)[0]
-        return keep
-
-    def _add_gradients_of_ranks(self) -> None:
-        """Sums gradients over the processes: the weights already divide by global counts."""
-        if world_size() == 1 or is_sharded(self.policy):
+    def _observe_successes(self, groups: list[ScoredGroup]) -> None:
+        if self.success_rates is None:
             return
-        all_reduce_gradients(list(self.policy.parameters()), average=False)
-
-    def _step(self, optimizer: Any, metrics: dict[str, float]) -> bool:
-        """Clips and steps; False, and no step, if the gradient is not finite."""
-        config = self.config.update
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.parameters(), config.clip_norm or torch.inf
+        rows = [(group.problem.id, reward) for group in groups for reward in group.rewards]
+        rewards = torch.tensor([torch.nan if reward is None else reward for _, reward in rows])
+        self.success_rates.observe(
+            [problem for problem, _ in rows],
+            rewards,
+            valid=rewards.isfinite(),
+            process_group=dist.group.WORLD if world_size() > 1 else None,
         )
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        metrics["grad_norm"] = float(norm)
-        metrics["variance/signal"] = float(norm) ** 2
-        metrics["lr"] = float(optimizer.param_groups[0]["lr"])
-        if not torch.isfinite(norm):
-            return False
-        optimizer.step()
-        return True
 
-    def _schedule(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
-        schedule = self.lr_schedulers()
-        if isinstance(schedule, LengthTriggeredLR):
-            schedule.observe(  # it logs a surge itself
-                facts["length"],
-                facts["truncated"],
-                mismatch=metrics.get("mismatch/k3"),
-                grad_norm=metrics.get("grad_norm"),
-            )
-            metrics["length_rate/factor"] = schedule.factor
-            metrics["length_rate/triggered"] = float(schedule.triggered_at is not None)
-        schedule.step()
+    def _reset_reference(self) -> None:
+        """After so many updates the reference is the policy as it is now."""
+        options = self.config.update.reference
+        if self.reference is None or options is None or not options.reset_every:
+            return
+        if self.updates_done % options.reset_every == 0:
+            self.reference.load_state_dict(self.policy.state_dict())
 
-    def _skip(self, why: str) -> None:
+    def skip(self, why: str) -> None:
+        """Counts and logs a step that is not taken.
+
+        Args:
+            why: for the log.
+        """
         self.skipped_updates += 1
         logger.warning("a step of update %d is skipped: %s", self.updates_done + 1, why)
 

@@ -14,17 +14,19 @@ from pytorch_lightning.strategies import (
     Strategy,
 )
 
+from .update_config import UpdateConfig
 
-def refuse_strategy(strategy: Strategy, head: str = "logits") -> None:
+
+def refuse_strategy(strategy: Strategy, update: UpdateConfig) -> None:
     """Raises for a strategy under which the update would not equal that of one process.
 
     Args:
         strategy: the trainer's: a single device, DDP, or ModelParallelStrategy for FSDP2.
-        head: `update.head`.
+        update: its head, reference and loss.
 
     Raises:
         ValueError: another strategy, or one that shards in two dimensions or writes sharded
-            checkpoints, or FSDP2 with a fused head.
+            checkpoints, or FSDP2 with a fused head, a reference or a teacher.
     """
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         return
@@ -38,9 +40,15 @@ def refuse_strategy(strategy: Strategy, head: str = "logits") -> None:
             "trainer.strategy: expected ModelParallelStrategy with data_parallel_size = devices, "
             "tensor_parallel_size = 1 and save_distributed_checkpoint = false"
         )
-    if head == "fused":
+    if update.head == "fused":
         raise ValueError(
             "update.head: expected logits under FSDP2, which shards the head's weight, got fused"
+        )
+    if update.reference is not None or update.loss == "imitation":
+        name = "update.loss" if update.reference is None else "update.reference"
+        raise ValueError(
+            f"{name}: expected none with a reference or a teacher under FSDP2, which would shard "
+            "the policy alone; use ddp"
         )
 
 

@@ -74,8 +74,9 @@ class Run:
             self.folder = RunFolder.fresh(config.run_dir, name)
         else:  # the first process has just made it
             self.folder = RunFolder(Path(config.run_dir or "runs/of-rank-0"))
-        if config.policy.path is not None:
-            check_policy_folder(config.policy.path)
+        for name, model in (("policy", config.policy), ("teacher", config.teacher)):
+            if model is not None and model.path is not None:
+                check_policy_folder(model.path, name)
         self.resuming = resume is not None
         self.checkpoint = self.folder.newest_checkpoint() if self.resuming else None
         self.updates_done = 0 if self.checkpoint is None else updates_of(self.checkpoint)
@@ -83,7 +84,7 @@ class Run:
             self.updates_done
         )
         self.trainer = self._trainer(dict(trainer_options))
-        refuse_strategy(self.trainer.strategy, config.update.head)
+        refuse_strategy(self.trainer.strategy, config.update)
         refuse_precision(self.trainer.precision)
         check_shares(config.rollout.prompts, self.trainer.world_size)
         if not isinstance(config.task, Task):
@@ -117,7 +118,10 @@ class Run:
                 layers=rank_zero_only.rank == 0,
                 tokens=prompt + config.rollout.max_tokens,
             )
-        self.module = RLModule(config, policy, tokenizer, config.task)
+        teacher = None
+        if config.teacher is not None:
+            teacher = load_teacher(config.teacher, config.task, policy, tokenizer)
+        self.module = RLModule(config, policy, tokenizer, config.task, teacher)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint, self.module)
@@ -145,7 +149,7 @@ class Run:
         try:
             self.trainer.fit(
                 self.module,
-                ProblemData(config.rollout.prompts, config.updates),
+                ProblemData(config),
                 ckpt_path=self.checkpoint,
                 weights_only=True,
             )
@@ -325,25 +329,29 @@ def refuse_tokenizer(tokenizer: Any, policy: PreTrainedModel, config: RLConfig) 
         )
 
 
-def check_policy_folder(path: str) -> None:
+def check_policy_folder(path: str, name: str = "policy") -> None:
     """Raises unless a folder can hold a transformers model.
 
     Args:
         path: the folder.
+        name: of the option, for errors.
 
     Raises:
         ValueError: there is no such folder, or no config.json in it.
     """
     if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"policy.path: {path} is no model folder (no config.json in it)")
+        raise ValueError(f"{name}.path: {path} is no model folder (no config.json in it)")
 
 
-def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]:
+def load_policy(
+    config: PolicyConfig, task: Task, name: str = "policy"
+) -> tuple[PreTrainedModel, Any]:
     """The policy in fp32 and its tokenizer.
 
     Args:
         config: a folder, or the warm-up that makes one.
         task: gives the warm-up's documents.
+        name: of the option, for errors.
 
     Returns:
         (model, tokenizer).
@@ -353,11 +361,11 @@ def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]
     """
     if config.warmup is not None:
         if not hasattr(task, "document"):
-            raise ValueError(f"policy.warmup: {type(task).__name__} has no documents to learn from")
+            raise ValueError(f"{name}.warmup: {type(task).__name__} has no documents to learn from")
         try:
             path = warm_up(task, config.warmup, [progress_display("warm-up")])
         except OSError as error:
-            raise ValueError(f"policy.warmup.cache_dir: cannot use it: {error}") from error
+            raise ValueError(f"{name}.warmup.cache_dir: cannot use it: {error}") from error
     else:
         path = Path(config.path)
     try:
@@ -367,8 +375,35 @@ def load_policy(config: PolicyConfig, task: Task) -> tuple[PreTrainedModel, Any]
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         why = textwrap.shorten(str(error), 240)  # it may go on about pip and GitHub
-        raise ValueError(f"policy.path: cannot load {path}: {why}") from error
+        raise ValueError(f"{name}.path: cannot load {path}: {why}") from error
     return model, tokenizer
+
+
+def load_teacher(
+    config: PolicyConfig, task: Task, policy: PreTrainedModel, tokenizer: Any
+) -> PreTrainedModel:
+    """The teacher in fp32.
+
+    Args:
+        config: a folder, or the warm-up that makes one.
+        task: gives the warm-up's documents.
+        policy: causal LM that will follow it.
+        tokenizer: of the policy.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: it cannot be loaded, or its tokens are not the policy's.
+    """
+    teacher, own = load_policy(config, task, "teacher")
+    sizes = [m.get_input_embeddings().num_embeddings for m in (policy, teacher)]
+    if sizes[0] != sizes[1] or own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher: expected the policy's tokens, {len(tokenizer.get_vocab())} in a vocabulary "
+            f"of {sizes[0]}, got others: {len(own.get_vocab())} in {sizes[1]}"
+        )
+    return teacher
 
 
 def updates_of(path: Path) -> int:

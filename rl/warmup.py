@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..triton_kernels.gem import gem_loss
 from .chain_sum import Styles
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,16 @@ class WarmupConfig:
         reasoning_styles: answer styles of the first phase.
         styles: answer styles of the second phase.
         batch_documents: documents a step.
+        loss: `cross_entropy`, or `gem`, which keeps the entropy that RL explores with.
+        gem_beta: of gem, in (0, 1]; 1 is cross-entropy.
         muon_lr: learning rate of Muon (block matrices).
         adamw_lr: learning rate of AdamW (embeddings, norms).
         seed: of the weights and of the documents' order.
         cache_dir: folder that keeps finished bases, one per configuration.
 
     Raises:
-        ValueError: a size below 1, steps below 0, or hidden_size / heads is not even.
+        ValueError: a size below 1, steps below 0, gem_beta outside (0, 1], or hidden_size / heads
+            is not even.
     """
 
     hidden_size: int = 128
@@ -82,6 +86,8 @@ class WarmupConfig:
     reasoning_styles: Styles = Styles(worked=0.7, checked=0.3)  # noqa: RUF009 (frozen)
     styles: Styles = Styles(worked=0.2, checked=0.1)  # noqa: RUF009 (frozen)
     batch_documents: int = 6
+    loss: Literal["cross_entropy", "gem"] = "cross_entropy"
+    gem_beta: float = 0.7
     muon_lr: float = 0.02
     adamw_lr: float = 4e-3
     seed: int = 0
@@ -94,6 +100,8 @@ class WarmupConfig:
         for name in ("reasoning_steps", "mixture_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a count >= 0, got {getattr(self, name)}")
+        if not 0 < self.gem_beta <= 1:
+            raise ValueError(f"gem_beta: expected a temperature in (0, 1], got {self.gem_beta}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(
                 "heads: expected hidden_size / heads to be even, "
@@ -270,7 +278,12 @@ class WarmupModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         ids, labels = batch
         logits = self.model(ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+        if self.warmup.loss == "gem":
+            of_tokens = gem_loss(logits, labels, beta=self.warmup.gem_beta, ignore_index=IGNORED)
+            loss = of_tokens.sum() / (labels != IGNORED).sum()
+        else:
+            loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)
         for optimizer in self.optimizers():
             optimizer.zero_grad()
         self.manual_backward(loss)

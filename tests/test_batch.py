@@ -2,6 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.rl.advantages import outcome_advantages
 from trimtab.rl.batch import collate
 from trimtab.rl.config import UpdateConfig
 from trimtab.rl.objective import token_weights
@@ -40,7 +41,7 @@ def test_collate():
     assert batch.group_ids.tolist() == [50, 50, 62, 73, 73]
     assert batch.rewards.tolist() == [1.0, 0.25, -2.0, 0.0, 1.0]
     assert batch.truncated.tolist() == [False, False, True, False, False]
-    dtypes = {name: x.dtype for name, x in vars(batch).items() if name != "prompts"}
+    dtypes = {name: x.dtype for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
     assert dtypes == {
         "tokens": torch.int64,
         "mask": torch.bool,
@@ -57,7 +58,9 @@ def test_a_batch_without_rewards_is_still_a_batch():
     batch = collate(PROMPTS, [0, 1, 2, 3], GROUPS, [[None] * len(group) for group in GROUPS])
     assert len(batch) == 0
     for rule in ("balanced", "seq_mean", "token_mean", "token_mean_group"):
-        weights = token_weights(batch, UpdateConfig(aggregation=rule), 8, None)
+        config = UpdateConfig(aggregation=rule)
+        outcome, _ = outcome_advantages(batch, config)
+        weights = token_weights(batch, outcome, config, 8, None)
         assert weights.shape == batch.mask.shape
     assert len(batch.select(batch.rows_of_prompts(0, 4))) == 0
     assert len(collate([], [], [], [])) == 0

@@ -99,21 +99,23 @@ def train(config, folder, callbacks=(), **trainer_options):
         callbacks=[watch, *callbacks],
         **trainer_options,
     )
-    trainer.fit(module, ProblemData(config.rollout.prompts, config.updates))
+    trainer.fit(module, ProblemData(config))
     return module, watch.rows
 
 
 OPTIONS = {
     "adamw": {"optimizer": "adamw"},
     "paper-blocks": {"blocks": "paper"},
-    "group_mean": {"advantage": "group_mean"},
-    "group_std": {"advantage": "group_std"},
-    "leave_one_out": {"advantage": "leave_one_out"},
+    **{
+        name: {"advantage": name}
+        for name in ("dr_grpo", "grpo", "rloo", "opo", "reinforce", "reinforce_pp", "remax")
+    },
     "baseline-loo-keep": {
         "token_baseline": TokenBaselineConfig("model_token", leave_one_out=True, tail="keep")
     },
     "ppo_clip-2-epochs": {"loss": "ppo_clip", "epochs": 2},
-    "reinforce": {"loss": "reinforce"},
+    "reinforce-loss": {"loss": "reinforce"},
+    **{name: {"loss": name} for name in ("gspo", "cispo", "dppo_tv", "dppo_kl")},
     "dense": {"route": "dense"},
     "three_phase": {"route": "three_phase", "prefix": PrefixConfig(min_bound=0, wave_tokens=20)},
     "fused-head": {"head": "fused", "pruning": PruningConfig(0.01)},
@@ -145,7 +147,7 @@ class KeepGradient(pl.Callback):
         self.grad = torch.cat([p.grad.flatten() for p in module.policy.parameters()])
 
 
-@pytest.mark.parametrize("advantage", ["token_baseline", "group_std"])
+@pytest.mark.parametrize("advantage", ["otb", "grpo"])
 @pytest.mark.parametrize("wave_tokens", [8, 1000])
 def test_three_phases_take_the_gradient_of_the_packed_row(policy_folder, wave_tokens, advantage):
     found = {}
@@ -249,14 +251,14 @@ def test_shares_strategies_and_precisions_that_are_not_exact_are_refused():
     with pytest.raises(ValueError, match=r"rollout.prompts: .* multiple of the 2 processes, got 3"):
         check_shares(3, 2)
     whole = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
-    refuse_strategy(whole)
-    refuse_strategy(DDPStrategy(), "fused")
+    refuse_strategy(whole, UpdateConfig())
+    refuse_strategy(DDPStrategy(), UpdateConfig(head="fused"))
     with pytest.raises(ValueError, match=r"update.head: expected logits under FSDP2.*, got fused"):
-        refuse_strategy(whole, "fused")
+        refuse_strategy(whole, UpdateConfig(head="fused"))
     with pytest.raises(ValueError, match="save_distributed_checkpoint = false"):
-        refuse_strategy(ModelParallelStrategy(2, 1))
+        refuse_strategy(ModelParallelStrategy(2, 1), UpdateConfig())
     with pytest.raises(ValueError, match=r"FSDP2.*, got FSDPStrategy"):
-        refuse_strategy(FSDPStrategy())
+        refuse_strategy(FSDPStrategy(), UpdateConfig())
     for precision in ("bf16-true", "16-mixed"):
         with pytest.raises(ValueError, match=f"trainer.precision: .* got {precision}"):
             refuse_precision(precision)

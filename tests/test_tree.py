@@ -116,9 +116,7 @@ def test_a_tree_depends_on_its_own_seed_alone():
 
 def test_greedy_requests_stand_beside_trees():
     engine = engine_of()
-    greedy = Request(
-        PROMPTS[0], Sampling(temperature=0.0, max_tokens=20, stop_token_ids=(0, 1, 2))
-    )
+    greedy = Request(PROMPTS[0], Sampling(temperature=0.0, max_tokens=20, stop_token_ids=(0, 1, 2)))
     requests = asked()
     mixed = engine.generate([requests[0], greedy, *requests[1:]])
     assert [len(group) for group in mixed] == [12, 1, 12, 12]

@@ -160,7 +160,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[recorder],
-    ).fit(module, ProblemData(config.rollout.prompts, config.updates))
+    ).fit(module, ProblemData(config))
     return module, recorder.found
 
 

@@ -29,11 +29,11 @@ import torch
 from common import Rows, mean_and_error, run_claim, train
 from torch import Tensor
 
-from trimtab.rl import Request, RLModule, Sample, TransformersEngine
+from trimtab.rl import PolicyUpdate, Request, RLModule, Sample, TransformersEngine
 
 CLAIM = "TRM trains on under a mismatch that makes PPO-clip collapse (arXiv 2512.23075)"
 SHARED = [
-    *("--rollout.dtype", "float32", "--update.lr", "2e-4", "--update.advantage", "group_mean"),
+    *("--rollout.dtype", "float32", "--update.lr", "2e-4", "--update.advantage", "dr_grpo"),
     *("--update.pruning", "null", "--update.length_rate", "null"),
     *("--evaluation.problems", "64"),
 ]
@@ -80,13 +80,17 @@ class OneReplicaBroken(TransformersEngine):
         return [a + b for a, b in zip(sound, broken, strict=True)]
 
 
+class UpdateIgnoresMismatch(PolicyUpdate):
+    def _objective(self, found, part):
+        old = part.old_logp.to(part.batch.rollout_logp.dtype)
+        return super()._objective(found, replace(part, batch=replace(part.batch, rollout_logp=old)))
+
+
 class IgnoresMismatch(RLModule):
     """PPO-clip as it is: the objective is told that the engine's log-probs are the trainer's."""
 
-    def _objective(self, stats, part, weights, old_logp, rows, first):
-        old = stats.logp.detach() if first else old_logp[rows][:, : part.mask.shape[1]]
-        part = replace(part, rollout_logp=old.to(part.rollout_logp.dtype))
-        return super()._objective(stats, part, weights, old_logp, rows, first)
+    def _make_policy_update(self):
+        return UpdateIgnoresMismatch(self)
 
 
 class WithReplica(RLModule):
