@@ -39,7 +39,7 @@ _HOMES = {
         "UpdateConfig",
     ),
     "evaluation": ("Evaluation", "evaluate"),
-    "data": ("ProblemData",),
+    "data": ("ProblemData", "problems_of_update"),
     "engine": ("TransformersEngine",),
     "loop": ("RLModule",),
     "objective": ("Prepared", "Statistics", "objective", "policy_statistics", "token_weights"),

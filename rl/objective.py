@@ -119,7 +119,8 @@ def policy_statistics(
     if top_k is None:
         kl = token_kl(logits, taught, temperature=temperature)
     else:
-        logp, ids = (taught.float() / temperature).log_softmax(-1).topk(top_k)
+        at_least_fp32 = taught.to(torch.promote_types(taught.dtype, torch.float32))
+        logp, ids = (at_least_fp32 / temperature).log_softmax(-1).topk(top_k)
         kl = teacher_kl(logits, ids, logp, temperature=temperature)
     return Statistics(stats, teacher_kl=padded(kl))
 

@@ -7,26 +7,19 @@ import pytest
 import pytorch_lightning as pl
 import tiny_run
 import torch
+from loop_cases import KeepGradient, Letters, config_of, train
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from reward_functions import always_fails, digits_written, fails_on_a
+from reward_functions import always_fails, fails_on_a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.optim import LengthDetector
 from trimtab.rl import (
     Capabilities,
-    EvaluationConfig,
     LengthRateConfig,
-    PolicyConfig,
     PrefixConfig,
-    Problem,
-    ProblemData,
     PruningConfig,
     Request,
-    RLConfig,
-    RLModule,
-    RolloutConfig,
     Sampling,
-    Task,
     TokenBaselineConfig,
     TrustRegionConfig,
     UpdateConfig,
@@ -43,64 +36,6 @@ def policy_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     tiny_run.make_policy(folder)
     return folder
-
-
-class Letters(Task):
-    """Prompts of letters; the reward function is given."""
-
-    stop = ";"
-
-    def __init__(self, reward=digits_written):
-        self.reward = reward
-
-    def problem(self, split, index):
-        return Problem(f"{split}/{index}", "abcdef"[index % 6] + str(index % 10), {})
-
-    def reward_function(self):
-        return self.reward
-
-
-def config_of(task, folder, rollout=None, **update):
-    return RLConfig(
-        task=task,
-        policy=PolicyConfig(path=str(folder)),
-        updates=3,
-        rollout=RolloutConfig(
-            **{"prompts": 3, "group_size": 4, "max_tokens": 16, "dtype": "float32"}
-            | (rollout or {})
-        ),
-        update=UpdateConfig(**{"lr": 1e-3} | update),
-        evaluation=EvaluationConfig(problems=5, samples=2),
-    )
-
-
-class Watch(pl.Callback):
-    """Keeps each update's metrics."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-
-def train(config, folder, callbacks=(), **trainer_options):
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    module = RLModule(config, policy, AutoTokenizer.from_pretrained(folder), config.task)
-    watch = Watch()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[watch, *callbacks],
-        **trainer_options,
-    )
-    trainer.fit(module, ProblemData(config))
-    return module, watch.rows
 
 
 OPTIONS = {
@@ -140,11 +75,6 @@ def test_every_option_trains(option, policy_folder):
     assert module.updates_done == 3 and module.skipped_updates == 0
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["rollouts"] == 12
-
-
-class KeepGradient(pl.Callback):
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.grad = torch.cat([p.grad.flatten() for p in module.policy.parameters()])
 
 
 @pytest.mark.parametrize("advantage", ["otb", "grpo"])

@@ -17,7 +17,15 @@ from trimtab.rl.objective import (
     token_weights,
     trusted_rollouts,
 )
-from trimtab.rl.update_config import PruningConfig, TrustRegionConfig, UpdateConfig
+from trimtab.rl.update_config import (
+    ImitationConfig,
+    PruningConfig,
+    ReferenceConfig,
+    ReplayConfig,
+    RevalConfig,
+    TrustRegionConfig,
+    UpdateConfig,
+)
 
 TEMPERATURE, MAX_TOKENS = 0.8, 9
 ADVANTAGES = ["otb", "dr_grpo", "grpo", "rloo", "opo", "reinforce", "reinforce_pp", "remax"]
@@ -338,6 +346,202 @@ def test_nothing_at_padding_matters(model):
         assert loss == other_loss and torch.equal(grad, other_grad)
 
 
+@pytest.fixture(scope="module")
+def other_model():
+    return keep_norm_dtype(causal_lm("llama_gqa", dtype=torch.float64, seed=1))
+
+
+def run_beside(model, batch, config, other):
+    """`run` in one part, with another model as the reference or the teacher."""
+    model.zero_grad()
+    outcome, _ = outcome_advantages(batch, config)
+    weights = token_weights(batch, outcome, config, MAX_TOKENS, None)
+    teacher = other if config.loss == "imitation" else None
+    found = policy_statistics(model, batch, config, TEMPERATURE, teacher)
+    if config.reference is not None:
+        with torch.no_grad():
+            reference = policy_statistics(other, batch, config, TEMPERATURE).policy
+        found = found._replace(reference=reference)
+    old_logp = found.policy.logp.detach()
+    prepared = Prepared(batch, outcome, weights, old_logp)
+    result = objective(found, prepared, config)
+    result.loss.backward()
+    metrics = batch_metrics([(whole(batch)[0], result)], prepared, config)
+    return (
+        result.loss.item(),
+        torch.cat([p.grad.flatten() for p in model.parameters()]),
+        {name: float(x) for name, x in metrics.items()},
+    )
+
+
+def flat_grad(loss, model):
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.cat([g.flatten() for g in grads])
+
+
+def taken(x, batch, row):
+    """Log-probs [T_row] of a row's tokens from its logits [T_row, V]."""
+    ids = batch.tokens[row, batch.mask[row]]
+    return x.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("route", ["packed", "dense"])
+@pytest.mark.parametrize("truncated", ["count", "zero", "mask"])
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_reval_is_its_definition(model, other_model, route, truncated, head):
+    options = RevalConfig(beta=0.3, truncated=truncated)
+    config = UpdateConfig(
+        loss="reval", reval=options, reference=ReferenceConfig(), route=route, head=head
+    )
+    batch, _ = make_batch(model, 8)
+    assert 0 < batch.truncated.sum() < len(batch)
+    targets, terms = centred(batch), []
+    for i in range(len(batch)):
+        x, ref = logits_alone(model, batch, i), logits_alone(other_model, batch, i).detach()
+        if truncated == "mask" and batch.truncated[i]:
+            continue
+        target = 0.0 if truncated == "zero" and batch.truncated[i] else targets[i]
+        value = x[0].logsumexp(-1) - ref[0].logsumexp(-1)
+        path = (taken(x, batch, i) - taken(ref, batch, i)).sum()
+        terms.append((value + path - target / 0.3) ** 2)
+    truth = sum(terms) / len(terms)
+    true_grad = flat_grad(truth, model)
+    loss, grad, metrics = run_beside(model, batch, config, other_model)
+    assert loss == pytest.approx(truth.item(), rel=1e-6)
+    assert (grad - true_grad).norm() < 1e-6 * true_grad.norm()
+    mean = sum(term.sqrt().item() for term in terms) / len(terms)
+    assert metrics["reval/abs_residual"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_reval_at_its_reference_and_without_rewards_is_at_rest(model):
+    config = UpdateConfig(loss="reval", reference=ReferenceConfig())
+    batch, _ = make_batch(model, 8)
+    batch = replace(batch, rewards=torch.zeros_like(batch.rewards))
+    loss, grad, _ = run_beside(model, batch, config, model)
+    assert loss < 1e-20 and grad.norm() < 1e-10
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("baseline", [False, True])
+def test_imitation_is_its_definition(model, other_model, gamma, baseline):
+    """Dense KL at the logits; sparse: what comes later, less the others' mean at that position."""
+    options = ImitationConfig(gamma=gamma, reward_weight=0.7, baseline=baseline)
+    config = UpdateConfig(loss="imitation", imitation=options)
+    batch, _ = make_batch(model, 8, spread=0.0)
+    kl, advantage, logp = [], [], []
+    for i in range(len(batch)):
+        p = logits_alone(model, batch, i).log_softmax(-1)
+        q = logits_alone(other_model, batch, i).log_softmax(-1).detach()
+        kl.append((p.exp() * (p - q)).sum(-1))
+        logp.append(taken(p, batch, i))
+        cost, length = kl[i].detach().tolist(), len(kl[i])
+        advantage.append(
+            [
+                0.7 * gamma ** (length - 1 - t) * float(batch.rewards[i])
+                - sum(gamma ** (k - t) * cost[k] for k in range(t + 1, length))
+                for t in range(length)
+            ]
+        )
+    weight = weights_by_loops(batch, "seq_mean_token_sum_norm", list(range(len(batch))))
+    truth = torch.zeros((), dtype=torch.float64)
+    for i, of_row in enumerate(advantage):
+        for t, own in enumerate(of_row):
+            others = [
+                advantage[j][t]
+                for j in range(len(batch))
+                if j != i and batch.group_ids[j] == batch.group_ids[i] and len(advantage[j]) > t
+            ]
+            mean = sum(others) / len(others) if baseline and others else 0.0
+            truth = truth + weight[i] * (kl[i][t] - (own - mean) * logp[i][t])
+    true_grad = flat_grad(truth, model)
+    loss, grad, metrics = run_beside(model, batch, config, other_model)
+    assert loss == pytest.approx(truth.item(), rel=1e-5)
+    assert (grad - true_grad).norm() < 1e-5 * true_grad.norm()
+    mean = torch.cat(kl).mean().item()
+    assert metrics["imitation/kl"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_teacher_with_all_its_tokens_at_the_top_is_a_full_one(model, other_model):
+    batch, _ = make_batch(model, 8)
+    found = {}
+    for top_k in (None, VOCAB - 1, 3):
+        config = UpdateConfig(loss="imitation", imitation=ImitationConfig(teacher_top_k=top_k))
+        found[top_k] = run_beside(model, batch, config, other_model)
+    full, nearly, few = found.values()
+    assert nearly[2]["imitation/kl"] == pytest.approx(full[2]["imitation/kl"], rel=1e-5)
+    assert (nearly[1] - full[1]).norm() < 1e-5 * full[1].norm()
+    assert 0 < few[2]["imitation/kl"] < full[2]["imitation/kl"], "a tail as one says less"
+
+
+def test_the_kl_term_adds_k3_to_the_reference(model, other_model):
+    batch, _ = make_batch(model, 8)
+    plain = UpdateConfig(loss="ppo_clip", advantage="grpo", aggregation="seq_mean")
+    loss, grad, _ = run_beside(model, batch, plain, other_model)
+    with_kl = replace(plain, reference=ReferenceConfig(kl=0.5))
+    loss_kl, grad_kl, metrics = run_beside(model, batch, with_kl, other_model)
+    weight = weights_by_loops(batch, "seq_mean", list(range(len(batch))))
+    truth, sizes = torch.zeros((), dtype=torch.float64), []
+    for i in range(len(batch)):
+        lp = taken(logits_alone(model, batch, i), batch, i)
+        d = taken(logits_alone(other_model, batch, i), batch, i).detach() - lp
+        truth = truth + 0.5 * weight[i] * (d.exp() - 1 - d).sum()
+        sizes.append(d.exp() - 1 - d)
+    assert loss_kl - loss == pytest.approx(truth.item(), rel=1e-6)
+    true_grad = flat_grad(truth, model)
+    assert (grad_kl - grad - true_grad).norm() < 1e-6 * true_grad.norm()
+    assert metrics["reference/k3"] == pytest.approx(torch.cat(sizes).mean().item(), rel=1e-6)
+
+
+def test_remax_subtracts_the_greedy_reward_and_leaves_a_group_without_one_out(model):
+    batch, _ = make_batch(model, 8)
+    config = UpdateConfig(advantage="remax", remax_clip=0.6)
+    found, metrics = outcome_advantages(batch, config)
+    for a, reward, group in zip(found, batch.rewards, batch.group_index, strict=True):
+        greedy = float(batch.greedy_rewards[group])
+        expected = 0.0 if math.isnan(greedy) else max(-0.6, min(0.6, float(reward) - greedy))
+        assert float(a) == pytest.approx(expected)
+    lost = (batch.group_index == 2).float().mean()
+    assert float(metrics["remax/without_baseline"]) == pytest.approx(float(lost))
+    assert float(metrics["remax/greedy_reward"]) == pytest.approx(0.5)
+
+
+MIXTURES = {
+    "advantage: expected null with the loss reval": dict(loss="reval", advantage="grpo"),
+    "aggregation: expected null with the loss imitation": dict(
+        loss="imitation", aggregation="seq_mean"
+    ),
+    "zero_advantage: expected count with the loss reval": dict(
+        loss="reval", zero_advantage="exclude"
+    ),
+    "trust_region: expected null with the loss reval": dict(loss="reval", trust_region=REGION),
+    "pruning: expected null with the loss reval": dict(loss="reval", pruning=PruningConfig(0.1)),
+    "reference: expected one for the loss reval, got null": dict(loss="reval"),
+    "reference.kl: expected 0 with the loss reval, got 0.1": dict(
+        loss="reval", reference=ReferenceConfig(kl=0.1)
+    ),
+    "reference.kl: expected a weight > 0 with the loss ppo_clip": dict(
+        loss="ppo_clip", reference=ReferenceConfig()
+    ),
+    "replay: expected null with the loss ratio": dict(replay=ReplayConfig()),
+    "head: expected logits with the loss imitation": dict(loss="imitation", head="fused"),
+    "route: expected packed or dense with the loss imitation": dict(
+        loss="imitation", route="three_phase"
+    ),
+    "reference: expected null with the loss imitation": dict(
+        loss="imitation", reference=ReferenceConfig(kl=0.1)
+    ),
+    "clip_low: expected null with the loss reinforce": dict(loss="reinforce", clip_low=0.2),
+    "clip_high: expected a bound >= 0, got -1": dict(loss="cispo", clip_high=-1.0),
+    "remax_clip: expected a bound > 0, got 0": dict(remax_clip=0.0),
+}
+
+
+@pytest.mark.parametrize("message", MIXTURES)
+def test_mixtures_that_would_be_no_method_are_refused(message):
+    with pytest.raises(ValueError, match=f"update.{message}"):
+        UpdateConfig(**MIXTURES[message])
+
+
 # Edits to rl/objective.py that must turn this file red:
 #   outcome_advantages: batch.group_ids -> batch.group_index * 0       (one group)
 #   old_logp - batch.rollout_logp (of correction)  ->  logp - batch.rollout_logp
@@ -345,3 +549,7 @@ def test_nothing_at_padding_matters(model):
 #   last = batch.mask.sum(-1) - 1  ->  batch.mask.sum(-1) * 0
 #   valid=keep  ->  valid=None
 #   temperature=temperature, prune=rho  ->  prune=rho
+#   found.policy.logsumexp[:, 0]  ->  [:, -1];  part.outcome  ->  batch.rewards         (reval)
+#   k3(reference - policy)  ->  k3(policy - reference)
+# Edits to rl/advantages.py:
+#   mean of the others  ->  mean of the group;  last_token_rewards at the first token

@@ -1,0 +1,275 @@
+"""The methods as runs: what reaches the optimizer, the buffer, the budget and the reference."""
+
+import dataclasses
+
+import pytest
+import tiny_run
+import torch
+from loop_cases import KeepGradient, Letters, config_of, train
+from reward_functions import digits_written, fails_on_a
+from transformers import AutoModelForCausalLM
+
+from trimtab.rl import (
+    BudgetConfig,
+    ImitationConfig,
+    PolicyConfig,
+    ReferenceConfig,
+    ReplayBuffer,
+    ReplayConfig,
+    RevalConfig,
+    Tree,
+    allocate_budget,
+    problems_of_update,
+)
+from trimtab.rl.collect import stable_seed
+
+REVAL = {
+    "loss": "reval",
+    "reval": RevalConfig(beta=0.5),
+    "reference": ReferenceConfig(reset_every=2),
+    "replay": ReplayConfig(size=20),
+}
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_run.make_policy(folder)
+    return folder
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def digits_as_success(completions, **columns):
+    """1 for a completion with a digit in its first half: some prompts' groups are mixed."""
+    return [float(any(c.isdigit() for c in text[:2])) for text in completions]
+
+
+# ---------------------------------------------------------------- ReMax
+
+
+def test_greedy_rollouts_are_baselines_and_nothing_else(policy_folder):
+    module, rows = train(config_of(Letters(), policy_folder, advantage="remax"), policy_folder)
+    assert [row["rollouts"] for row in rows] == [12] * 3
+    for group in module.last_groups:
+        assert len(group.samples) == len(group.rewards) == 4
+        text = module.collector.completion(group.greedy)
+        [expected] = digits_written([""], [text], [group.greedy.token_ids])
+        assert group.greedy_reward == expected
+    greedy = [group.greedy_reward for group in module.last_groups]
+    assert rows[-1]["remax/greedy_reward"] == pytest.approx(sum(greedy) / 3)
+    own = [r for group in module.last_groups for r in group.rewards]
+    assert rows[-1]["reward"] == pytest.approx(sum(own) / 12), "greedy ones are in no mean"
+
+
+def test_a_lost_greedy_reward_is_counted_once(policy_folder):
+    config = config_of(Letters(fails_on_a), policy_folder, advantage="remax")
+    module, rows = train(config, policy_folder)
+    groups = module.last_groups
+    lost = sum(reward is None for group in groups for reward in group.all_rewards())
+    assert rows[-1]["reward_errors"] == lost and rows[-1]["reward_none"] == 0
+
+
+# ---------------------------------------------------------------- Knapsack
+
+
+def test_budgets_follow_the_success_rates_of_the_prompts(policy_folder):
+    rollout = {"group_size": 6, "budget": BudgetConfig(low=2, high=12)}
+    config = config_of(Letters(digits_as_success), policy_folder, rollout=rollout)
+    config = dataclasses.replace(config, problems=3, updates=3)
+    seen = []
+
+    class Watched(KeepGradient):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(module.last_groups)
+
+    _, rows = train(config, policy_folder, [Watched()])
+    assert [len(group.samples) for group in seen[0]] == [6, 6, 6], "unknown: alike"
+    for before, after in zip(seen, seen[1:]):
+        known = {g.problem.id: sum(r > 0.5 for r in g.rewards) / len(g.rewards) for g in before}
+        rates = torch.tensor([known[group.problem.id] for group in after], dtype=torch.float64)
+        expected = allocate_budget(rates, 18, low=2, high=12).tolist()
+        assert [len(group.samples) for group in after] == expected
+    assert len({len(group.samples) for group in seen[1]}) > 1, "the rates differ"
+    assert all(row["rollouts"] == 18 for row in rows)
+    assert rows[1]["budget/mixed_expected"] > 0
+
+
+def test_a_finite_set_of_problems_comes_back_in_another_order():
+    config = config_of(Letters(), "nowhere", rollout={"prompts": 3})
+    config = dataclasses.replace(config, problems=10)
+    rounds = [[problems_of_update(config, 3 * r + i) for i in range(3)] for r in range(3)]
+    for updates in rounds:
+        numbers = [number for update in updates for number in update]
+        assert len(set(numbers)) == 9 and set(numbers) < set(range(10))
+    assert rounds[0] != rounds[1] != rounds[2]
+    assert problems_of_update(config, 7) == rounds[2][1], "a function of its arguments"
+
+
+def test_budgets_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"group_size: expected a mean of rollout.budget, 8 to 16"):
+        config_of(Letters(), "nowhere", rollout={"budget": BudgetConfig(low=8, high=16)})
+    with pytest.raises(ValueError, match="problems: expected a count >= 3, got 2"):
+        dataclasses.replace(config_of(Letters(), "nowhere"), problems=2)
+
+
+# ---------------------------------------------------------------- ReVal
+
+
+def test_reval_starts_from_its_target_and_replays(policy_folder):
+    config = dataclasses.replace(config_of(Letters(), policy_folder, **REVAL), updates=4)
+    module, rows = train(config, policy_folder)
+    first = rows[0]
+    # theta is the reference: what is left of the residual is r / beta
+    assert first["reval/abs_residual"] == pytest.approx(first["reval/target"], rel=1e-4)
+    assert first["reval/path_drift"] == pytest.approx(0, abs=1e-5)
+    assert [row["replay/size"] for row in rows] == [12, 20, 20, 20]
+    assert first["replay/reval/path_drift"] != 0, "after the first step it has moved"
+    assert all(row["replay/grad_norm"] > 0 for row in rows)
+    assert rows[2]["reval/path_drift"] == pytest.approx(0, abs=1e-5), "reset after the second"
+    assert rows[1]["reval/path_drift"] != pytest.approx(0, abs=1e-5)
+    for mine, policy in zip(module.reference.parameters(), module.policy.parameters(), strict=True):
+        assert mine.equal(policy) and not mine.requires_grad, "reset after the fourth"
+
+
+def test_without_resets_the_reference_is_the_first_policy(policy_folder):
+    options = REVAL | {"reference": ReferenceConfig()}
+    module, _ = train(config_of(Letters(), policy_folder, **options), policy_folder)
+    for mine, start in zip(module.reference.parameters(), loaded(policy_folder).parameters()):
+        assert mine.equal(start)
+
+
+@pytest.mark.parametrize("options", [REVAL, {"loss": "ppo_clip", "reference": ReferenceConfig(1)}])
+def test_a_reference_on_three_phases_is_that_of_the_packed_row(policy_folder, options):
+    found = []
+    for route in ("packed", "three_phase"):
+        config = config_of(Letters(), policy_folder, route=route, clip_norm=0.0, **options)
+        keep = KeepGradient()
+        train(config, policy_folder, [keep])
+        found.append(keep.grad)
+    assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+
+
+def test_what_is_replayed_is_what_was_rolled_out(policy_folder):
+    module, _ = train(config_of(Letters(), policy_folder, **REVAL), policy_folder)
+    buffer = module.policy_update.replay
+    batch, targets = buffer.sample(20, seed=stable_seed("any"))
+    assert len(batch) == 20 and sorted(map(tuple, batch.responses())) != []
+    newest = {
+        (tuple(group.prompt_ids), tuple(sample.token_ids)): (reward, sample.logprobs, mean)
+        for group in module.last_groups
+        for mean in [sum(group.rewards) / 4]
+        for sample, reward in zip(group.samples, group.rewards, strict=True)
+    }
+    known = 0
+    for row, (ids, target) in enumerate(zip(batch.responses(), targets.tolist(), strict=True)):
+        key = tuple(batch.prompts[batch.group_index[row]]), tuple(ids)
+        if key in newest:
+            reward, logprobs, mean = newest[key]
+            known += 1
+            assert target == pytest.approx(reward - mean, abs=1e-6)
+            assert float(batch.rewards[row]) == pytest.approx(reward)
+            assert batch.rollout_logp[row, : len(ids)].tolist() == pytest.approx(logprobs)
+            assert bool(batch.truncated[row]) == (len(ids) == 16 and ids[-1] not in (1, 20))
+    assert known >= 12, "the newest twelve are all in it"
+
+
+def test_a_buffer_survives_its_state_and_drops_the_oldest(policy_folder):
+    module, _ = train(config_of(Letters(), policy_folder, **REVAL), policy_folder)
+    buffer = module.policy_update.replay
+    again = ReplayBuffer(20)
+    again.load_state_dict(buffer.state_dict())
+    for one, other in zip(
+        buffer.sample(9, 5)[0].__dict__.values(), vars(again.sample(9, 5)[0]).values()
+    ):
+        assert one.equal(other) if isinstance(one, torch.Tensor) else one == other
+    small = ReplayBuffer(7)
+    small.load_state_dict(buffer.state_dict())
+    assert small.state_dict()["target"].equal(buffer.state_dict()["target"][-7:])
+    shares = [buffer.sample(9, 5, rank=r, world=2)[0] for r in (0, 1)]
+    together = buffer.sample(9, 5)[0].responses()
+    assert shares[0].responses() == together[::2] and shares[1].responses() == together[1::2]
+
+
+def test_a_state_that_does_not_fit_together_is_refused():
+    state = ReplayBuffer(3).state_dict()
+    with pytest.raises(ValueError, match="expected state with keys"):
+        ReplayBuffer(3).load_state_dict({"tokens": torch.zeros(0)})
+    with pytest.raises(ValueError, match="expected 0 entries of target, got 2"):
+        ReplayBuffer(3).load_state_dict(state | {"target": torch.zeros(2)})
+    with pytest.raises(ValueError, match="size: expected a count >= 1, got 0"):
+        ReplayBuffer(0)
+
+
+# ---------------------------------------------------------------- trees
+
+
+@pytest.mark.parametrize("advantage", ["tree", "grpo", "remax"])
+def test_trees_train(policy_folder, advantage):
+    rollout = {"tree": Tree(segment=3), "group_size": 8}
+    config = config_of(Letters(), policy_folder, rollout=rollout, advantage=advantage)
+    module, rows = train(config, policy_folder)
+    assert all(0.1 < row["tree/decoded_fraction"] < 1 for row in rows)
+    assert all(row["rollouts"] == 24 and row["grad_norm"] > 0 for row in rows)
+    for group in module.last_groups:
+        assert len(group.samples) == 8 and all(sample.path for sample in group.samples)
+
+
+def test_trees_want_baselines_that_share_no_tokens_with_the_rollout():
+    for update in ({"advantage": "rloo"}, {"loss": "imitation"}):
+        teacher = PolicyConfig(path="somewhere") if "loss" in update else None
+        base = dataclasses.replace(config_of(Letters(), "nowhere"))
+        with pytest.raises(ValueError, match=r"rollout.tree: expected null with a leave-one-out"):
+            dataclasses.replace(
+                base,
+                rollout=dataclasses.replace(base.rollout, tree=Tree()),
+                update=dataclasses.replace(base.update, **update),
+                teacher=teacher,
+            )
+    with pytest.raises(ValueError, match=r"rollout.tree: expected one for the advantage tree"):
+        config_of(Letters(), "nowhere", advantage="tree")
+
+
+# ---------------------------------------------------------------- imitation
+
+
+def imitating(folder, **options):
+    config = config_of(Letters(), folder)
+    update = {"loss": "imitation", "lr": 3e-3, "imitation": ImitationConfig(**options)}
+    return dataclasses.replace(
+        config,
+        update=dataclasses.replace(config.update, **update),
+        teacher=PolicyConfig(path=str(folder)),
+    )
+
+
+def test_the_policy_comes_nearer_to_its_teacher(policy_folder):
+    torch.manual_seed(1)
+    teacher = loaded(policy_folder)
+    for parameter in teacher.parameters():
+        parameter.data += 0.5 * parameter.data.std() * torch.randn_like(parameter)
+    config = imitating(policy_folder, reward_weight=0.0)
+    config = dataclasses.replace(config, updates=25)
+    before = [p.clone() for p in teacher.parameters()]
+    module, rows = train(config, policy_folder, teacher=teacher)
+    assert rows[-1]["imitation/kl"] < 0.6 * rows[0]["imitation/kl"]
+    assert all(p.equal(q) for p, q in zip(before, module.teacher.parameters())), "he is frozen"
+    assert not any(name.startswith("teacher") for name in module.state_dict())
+
+
+def test_a_teacher_goes_with_the_loss_imitation_only(policy_folder):
+    config = config_of(Letters(), policy_folder)
+    with pytest.raises(ValueError, match="teacher: expected null without imitation"):
+        dataclasses.replace(config, teacher=PolicyConfig(path="x"))
+    with pytest.raises(ValueError, match="teacher: expected a model for the loss imitation"):
+        dataclasses.replace(imitating(policy_folder), teacher=None)
+
+
+# Edits that must turn this file red:
+# - rl/collect.py: greedy samples stay among the others; greedy rewards of another prompt
+# - rl/loop.py: rates observed before they are used; no reset of the reference; teacher registered
+# - rl/policy_update.py: replay adds rewards instead of targets; samples all on every rank
+# - rl/data.py: one order for all rounds
+# - rl/replay.py: oldest kept; log-probs of another row
