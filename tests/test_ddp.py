@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import run_ranks
 from safetensors.torch import load_file
-from tiny_run import metrics_of, run, run_here, start, write_recipe
+from tiny_run import make_policy, metrics_of, run, run_here, start, write_recipe
 from workers import cli_runs, gradients_of
 
 UPDATES = 3
@@ -118,6 +118,60 @@ def test_two_processes_resume_to_the_same_weights(folder, strategy):
     assert all(whole[name].equal(resumed[name]) for name in whole)
 
 
+METHODS = {
+    "reval": [
+        "--update.loss=reval",
+        "--update.reval.beta=0.5",
+        "--update.replay={size: 40, updates: 2}",
+        "--update.reference={reset_every: 2}",
+    ],
+    "remax-knapsack": [
+        "--update.advantage=remax",
+        "--problems=4",
+        "--rollout.budget={low: 2, high: 9, threshold: 0.2}",
+    ],
+    "reinforce_pp-kl": ["--update.advantage=reinforce_pp", "--update.reference={kl: 0.5}"],
+    "imitation": ["--update.loss=imitation", "--teacher.path=tiny-teacher"],
+    "tree": ["--update.advantage=tree", "--rollout.tree={segment: 3}"],
+}
+
+
+@pytest.fixture(scope="module")
+def methods(tmp_path_factory):
+    """Each method with one process and with two (DDP); fp32 rollouts, no clipping."""
+    folder = tmp_path_factory.mktemp("methods")
+    recipe = write_recipe(folder, {"updates": 4, "evaluation.problems": 0})
+    make_policy(folder / "tiny-teacher", seed=1)
+    base = ["--config", str(recipe), "--rollout.dtype=float32", "--update.clip_norm=0"]
+    base += ["--update.pruning=null", "--update.trust_region=null"]
+    for name, options in METHODS.items():
+        run_here([*base, *options, "--run_dir", f"{name}-one"], folder)
+    two_ranks(
+        folder, [[*base, *o, "--run_dir", f"{n}-two", *TWO, "ddp"] for n, o in METHODS.items()]
+    )
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_on_two_processes_is_that_of_one(methods, method):
+    one, two = (metrics_of(methods / f"{method}-{ranks}") for ranks in ("one", "two"))
+    for before, after in zip(one, two, strict=True):
+        for name in ("rollouts", "reward", "length", "reward_errors", "replay/size"):
+            assert before.get(name, 0) == pytest.approx(after.get(name, 0), rel=1e-6), name
+        for name in ("loss", "grad_norm", "replay/loss", "replay/grad_norm"):
+            assert before.get(name, 0) == pytest.approx(after.get(name, 0), rel=1e-3, abs=1e-6), (
+                name
+            )
+    assert one[-1]["grad_norm"] > 0
+    policies = [
+        load_file(methods / f"{method}-{ranks}" / "policy" / "model.safetensors")
+        for ranks in ("one", "two")
+    ]
+    for name, weight in policies[0].items():
+        error = (policies[1][name] - weight).abs().max() / weight.abs().max()
+        assert error < 1e-4, (name, error)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", RUNS[:1], indirect=True)
 def test_torchrun_on_two_machines_is_two_processes(folder):
@@ -143,9 +197,11 @@ def test_torchrun_on_two_machines_is_two_processes(folder):
 
 # Edits that must turn this file red:
 # * run.py: without rank_zero_only.rank (the slower rank finds the run folder in use)
-# * loop.py: _add_gradients_of_ranks divides by the world size
-# * loop.py: no scale under FSDP2; no None parts for ranks without rollouts (hangs)
-# * loop.py: pass process_group=None to token_weights
-# * loop.py: _without_gradient_sync returns nullcontext() under DDP
+# * policy_update.py: _add_gradients_of_ranks divides by the world size
+# * policy_update.py: no scale under FSDP2; no None parts for ranks without rollouts (hangs)
+# * policy_update.py: pass process_group=None to token_weights
+# * policy_update.py: replay without the process group, or every rank takes the whole sample
+# * loop.py: rates observed by each process alone
+# * policy_update.py: _without_gradient_sync returns nullcontext() under DDP
 # * loop.py: seed the requests without the prompt's number
-# * loop.py: _Updates gives every rank the same problems
+# * data.py: _Updates gives every rank the same problems

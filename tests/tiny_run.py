@@ -47,14 +47,14 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_policy(folder: Path) -> None:
+def make_policy(folder: Path, seed: int = 0) -> None:
     """A random policy and its tokenizer in the transformers format."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from trimtab.rl.warmup import character_tokenizer
 
     tokenizer = character_tokenizer("0123456789abcdef;", 32)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32,
