@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -152,6 +153,55 @@ class Collector:
         ]
         seconds = (sampled - started, time.perf_counter() - sampled)
         return Collected(groups, scored.errors, scored.timeouts, *seconds)
+
+    def state_of(self, collected: Collected) -> dict[str, Any]:
+        """Collected rollouts as plain values, for a checkpoint.
+
+        Args:
+            collected: from `collect`.
+
+        Returns:
+            What `restored` takes.
+        """
+        groups = [
+            {
+                "number": group.number,
+                "samples": [dataclasses.astuple(sample) for sample in group.samples],
+                "rewards": group.rewards,
+                "greedy": None if group.greedy is None else dataclasses.astuple(group.greedy),
+                "greedy_reward": group.greedy_reward,
+            }
+            for group in collected.groups
+        ]
+        return collected._asdict() | {"groups": groups}
+
+    def restored(self, state: dict[str, Any], split: Split) -> Collected:
+        """What `state_of` was made of; problems and texts are made again.
+
+        Args:
+            state: from `state_of`.
+            split: of the task.
+
+        Returns:
+            Collected.
+        """
+        groups = []
+        for group in state["groups"]:
+            problem = self.task.problem(split, group["number"])
+            samples = [Sample(*fields) for fields in group["samples"]]
+            groups.append(
+                ScoredGroup(
+                    group["number"],
+                    problem,
+                    self.tokenizer.encode(problem.prompt),
+                    samples,
+                    [self.completion(sample) for sample in samples],
+                    group["rewards"],
+                    None if group["greedy"] is None else Sample(*group["greedy"]),
+                    group["greedy_reward"],
+                )
+            )
+        return Collected(**state | {"groups": groups})
 
     def sampling(self, **changes: Any) -> Sampling:
         """The run's sampling, with some fields changed."""

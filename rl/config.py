@@ -79,6 +79,9 @@ class RolloutConfig:
         server_timeout: seconds a server has for an answer.
         reward_timeout: seconds one reward may take before its rollout is excluded.
         max_rows: most rollouts decoded at a time, or asked of the servers, by each process.
+        asynchronous: makes the rollouts of the next update while this one is computed, by the
+            policy of one update before; the losses correct for it by their ratios. On a CPU give
+            each side cores: `threads` below their number.
         budget: gives each prompt as many of an update's rollouts as it is worth; null gives
             group_size to each.
         tree: rollouts of a prompt share segments (TreePO); null draws each on its own.
@@ -94,6 +97,7 @@ class RolloutConfig:
     server_timeout: float = 600.0
     reward_timeout: float = 10.0
     max_rows: int = 512
+    asynchronous: bool = False
     budget: BudgetConfig | None = None
     tree: Tree | None = None
 
@@ -204,6 +208,9 @@ class RLConfig:
         imitates = self.update.loss == "imitation"
         expected = "a model for the loss imitation" if imitates else "null without imitation"
         require(imitates == (self.teacher is not None), "teacher", expected, self.teacher)
+        expected = "false with the loss imitation, whose dense part nothing corrects"
+        ahead = self.rollout.asynchronous
+        require(not (imitates and ahead), "rollout.asynchronous", expected, ahead)
         grown = self.rollout.tree is not None
         needs = self.update.advantage == "tree"
         require(grown or not needs, "rollout.tree", "one for the advantage tree", "null")

@@ -32,6 +32,21 @@ def problems_of_update(config: RLConfig, update: int) -> list[int]:
     return order[first : first + prompts]
 
 
+def share_of(numbers: list[int], rank: int, world: int) -> list[int]:
+    """The problems of one process among those of an update.
+
+    Args:
+        numbers: of the update; as many for each process.
+        rank: of the process.
+        world: processes.
+
+    Returns:
+        Its share, in order.
+    """
+    share = len(numbers) // world
+    return numbers[rank * share : (rank + 1) * share]
+
+
 class ProblemData(pl.LightningDataModule):
     """Which problems each update trains on, split over the processes.
 
@@ -63,7 +78,6 @@ class _Updates(IterableDataset):
         return self.config.updates
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        share = self.config.rollout.prompts // self.world
         for update in range(self.module.updates_done, self.config.updates):
             numbers = problems_of_update(self.config, update)
-            yield update, numbers[self.rank * share : (self.rank + 1) * share]
+            yield update, share_of(numbers, self.rank, self.world)

@@ -11,6 +11,8 @@ import copy
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optim import AdamMini, LengthTriggeredLR
 from ..stability import group_metrics
+from .ahead import RolloutsAhead
 from .batch import RolloutBatch, collate
 from .budget import SuccessRates, allocate_budget, budget_metrics
 from .collect import Collected, Collector, ScoredGroup, decoded_fraction, stable_seed
 from .config import RLConfig
-from .data import problems_of_update
+from .data import problems_of_update, share_of
 from .engine import TransformersEngine
 from .policy_update import PolicyUpdate
 from .ranks import (
@@ -96,6 +99,8 @@ class RLModule(pl.LightningModule):
                 decay=budget.decay, smoothing=budget.smoothing, threshold=budget.threshold
             )
         self.policy_update = self._make_policy_update()
+        self.ahead = RolloutsAhead()
+        self._budgets: dict[int, dict[str, float]] = {}  # metrics, of updates not yet computed
 
     # ---------------------------------------------------------------- Lightning's hooks
 
@@ -165,6 +170,13 @@ class RLModule(pl.LightningModule):
             state["success_rates"] = self.success_rates.state_dict()
         if self.policy_update.replay is not None:
             state["replay"] = self.policy_update.replay.state_dict()
+        if (pending := self.ahead.wait()) is not None:  # by weights that no checkpoint has
+            own = self.collector.state_of(pending)
+            of_ranks: list[Any] = [own] * world_size()
+            if world_size() > 1:
+                dist.all_gather_object(of_ranks, own)
+            state["pending"] = of_ranks
+            state["budgets"] = self._budgets
         checkpoint["trimtab"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -174,6 +186,10 @@ class RLModule(pl.LightningModule):
             self.success_rates.load_state_dict(state["success_rates"])
         if self.policy_update.replay is not None:
             self.policy_update.replay.load_state_dict(state["replay"])
+        if "pending" in state:
+            own = state["pending"][self.global_rank]
+            self.ahead.put(self.updates_done, self.collector.restored(own, "train"))
+            self._budgets = state["budgets"]
         # A run is one Lightning epoch. If it had ended, more updates go on in that same epoch.
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"]["is_last_batch"] = False
@@ -183,18 +199,7 @@ class RLModule(pl.LightningModule):
     def training_step(self, batch: tuple[int, list[int]], batch_index: int) -> None:
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
         update, numbers = batch
-        assert self.engine is not None and self.policy_update is not None
-        self.engine.update_weights(full_parameters(self.policy), version=update)
-        counts, budget = self._counts_of(update, numbers)
-        greedy = self.config.update.advantage == "remax"
-        collected = self.collector.collect(
-            self.engine,
-            "train",
-            numbers,
-            lambda number: stable_seed(self.config.seed, "rollout", update, number),
-            counts=counts,
-            greedy=greedy,
-        )
+        collected, waited = self._rollouts(update, numbers)
         groups = collected.groups
         rollouts = collate(
             [group.prompt_ids for group in groups],
@@ -202,16 +207,15 @@ class RLModule(pl.LightningModule):
             [group.samples for group in groups],
             [group.rewards for group in groups],
             self.device,
-            greedy_rewards=[group.greedy_reward for group in groups] if greedy else None,
+            greedy_rewards=[group.greedy_reward for group in groups] if self._greedy else None,
         )
         started = time.perf_counter()
-        facts = self._rollout_facts(rollouts, collected) | budget
+        facts = self._rollout_facts(rollouts, collected)
         metrics: dict[str, float] = {}
         if facts["rollouts"]:
             metrics = self.policy_update.take(rollouts, facts)
         else:
             self.skip("no reward is left")
-        self._observe_successes(groups)
         self.last_groups = groups
         self.updates_done = update + 1
         self._reset_reference()
@@ -220,6 +224,9 @@ class RLModule(pl.LightningModule):
             "time/reward": collected.reward_seconds,
             "time/update": time.perf_counter() - started,
         }
+        metrics |= self._budgets.pop(update, {})
+        if self.config.rollout.asynchronous:
+            times["time/wait"] = waited
         self.last_metrics = metrics | facts | {"skipped_updates": self.skipped_updates} | times
         # For the progress display and other callbacks. Every rank has the same values already:
         # reduced exactly, or averaged by mean_over_ranks.
@@ -227,8 +234,13 @@ class RLModule(pl.LightningModule):
             shown = name in SHOWN
             self.log(name, float(value), prog_bar=shown, logger=False, rank_zero_only=True)
 
+    def on_train_end(self) -> None:
+        """Where a limit stops the run, the rollouts on their way belong to its checkpoint."""
+        self.ahead.wait()
+
     def teardown(self, stage: str) -> None:
         """Ends the reward process and frees the engine."""
+        self.ahead.close()
         self.collector.close()
         if self.engine is not None:
             self.engine.close()
@@ -298,19 +310,59 @@ class RLModule(pl.LightningModule):
             groups = groups | {"tree/decoded_fraction": decoded_fraction(collected.groups, tree)}
         return facts | mean_over_ranks(groups)
 
-    def _counts_of(self, update: int, numbers: list[int]) -> tuple[list[int] | None, dict]:
-        """Rollouts of each of this process's problems, and metrics of all; None: group_size."""
+    @property
+    def _greedy(self) -> bool:
+        return self.config.update.advantage == "remax"
+
+    def _rollouts(self, update: int, numbers: list[int]) -> tuple[Collected, float]:
+        """Of this update, and the seconds that they kept the trainer waiting."""
+        assert self.engine is not None
+        handed_over = False
+        if self.ahead.update == update:
+            collected, waited = self.ahead.take()
+        else:
+            self.engine.update_weights(full_parameters(self.policy), version=update)
+            handed_over = True
+            started = time.perf_counter()
+            collected = self._collector_of(update, numbers)()
+            waited = time.perf_counter() - started
+        self._observe_successes(collected.groups)
+        following = update + 1
+        if self.config.rollout.asynchronous and following < self.config.updates:
+            if not handed_over:
+                self.engine.update_weights(full_parameters(self.policy), version=update)
+            numbers = problems_of_update(self.config, following)
+            numbers = share_of(numbers, self.global_rank, world_size())
+            self.ahead.start(following, self._collector_of(following, numbers))
+        return collected, waited
+
+    def _collector_of(self, update: int, numbers: list[int]) -> Callable[[], Collected]:
+        """What collects an update's rollouts with the weights that the engine has."""
+        assert self.engine is not None
+        return partial(
+            self.collector.collect,
+            self.engine,
+            "train",
+            numbers,
+            lambda number: stable_seed(self.config.seed, "rollout", update, number),
+            counts=self._counts_of(update, numbers),
+            greedy=self._greedy,
+        )
+
+    def _counts_of(self, update: int, numbers: list[int]) -> list[int] | None:
+        """Rollouts of each of this process's problems; None: group_size of each."""
         budget, rollout = self.config.rollout.budget, self.config.rollout
         if budget is None or self.success_rates is None:
-            return None, {}
+            return None
         everyone = problems_of_update(self.config, update)
         ids = [self.collector.task.problem("train", number).id for number in everyone]
         rates = self.success_rates.rates(ids)
         total = rollout.prompts * rollout.group_size
         counts = allocate_budget(rates, total, low=budget.low, high=budget.high)
         of_number = dict(zip(everyone, counts.tolist(), strict=True))
-        metrics = {name: float(x) for name, x in budget_metrics(rates, counts).items()}
-        return [of_number[number] for number in numbers], metrics
+        metrics = budget_metrics(rates, counts)
+        self._budgets[update] = {name: float(value) for name, value in metrics.items()}
+        return [of_number[number] for number in numbers]
 
     def _observe_successes(self, groups: list[ScoredGroup]) -> None:
         if self.success_rates is None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import pytorch_lightning as pl
 import tiny_run
 import torch
 from loop_cases import KeepGradient, Letters, config_of, train
@@ -267,7 +268,45 @@ def test_a_teacher_goes_with_the_loss_imitation_only(policy_folder):
         dataclasses.replace(imitating(policy_folder), teacher=None)
 
 
+# ---------------------------------------------------------------- one step off
+
+
+def test_rollouts_ahead_are_of_the_policy_one_update_before(policy_folder):
+    seen = []
+
+    class Versions(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            groups = module.last_groups
+            seen.append({s.version for group in groups for s in group.samples})
+
+    rollout = {"asynchronous": True}
+    config = config_of(Letters(), policy_folder, rollout=rollout, loss="ppo_clip", lr=1e-2)
+    config = dataclasses.replace(config, updates=5)
+    _, rows = train(config, policy_folder, [Versions()])
+    assert seen == [{0}, {0}, {1}, {2}, {3}]
+    assert rows[0]["mismatch/abs_dlogp_max"] < 1e-5 < rows[1]["mismatch/abs_dlogp_max"]
+    assert all("time/wait" in row for row in rows)
+    _, again = train(config, policy_folder)
+    for row, other in zip(rows, again, strict=True):
+        assert {k: v for k, v in row.items() if "time/" not in k} == {
+            k: v for k, v in other.items() if "time/" not in k
+        }, "the same whatever takes how long"
+
+
+def test_an_engine_that_fails_in_the_thread_ends_the_run_with_its_own_error(policy_folder):
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if module.updates_done == 2:
+                module.engine.model = None
+
+    config = config_of(Letters(), policy_folder, rollout={"asynchronous": True})
+    config = dataclasses.replace(config, updates=6)
+    with pytest.raises(AttributeError, match="NoneType"):
+        train(config, policy_folder, [Fails()])
+
+
 # Edits that must turn this file red:
+# - rl/loop.py: hand over the weights after the update; start the thread before the rates are seen
 # - rl/collect.py: greedy samples stay among the others; greedy rewards of another prompt
 # - rl/loop.py: rates observed before they are used; no reset of the reference; teacher registered
 # - rl/policy_update.py: replay adds rewards instead of targets; samples all on every rank

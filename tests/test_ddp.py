@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import run_ranks
 from safetensors.torch import load_file
-from tiny_run import make_policy, metrics_of, run, run_here, start, write_recipe
+from tiny_run import METHODS, make_policy, metrics_of, run, run_here, start, write_recipe
 from workers import cli_runs, gradients_of
 
 UPDATES = 3
@@ -116,24 +116,6 @@ def test_two_processes_resume_to_the_same_weights(folder, strategy):
         load_file(path / "policy" / "model.safetensors") for path in (folder / strategy, stopped)
     )
     assert all(whole[name].equal(resumed[name]) for name in whole)
-
-
-METHODS = {
-    "reval": [
-        "--update.loss=reval",
-        "--update.reval.beta=0.5",
-        "--update.replay={size: 40, updates: 2}",
-        "--update.reference={reset_every: 2}",
-    ],
-    "remax-knapsack": [
-        "--update.advantage=remax",
-        "--problems=4",
-        "--rollout.budget={low: 2, high: 9, threshold: 0.2}",
-    ],
-    "reinforce_pp-kl": ["--update.advantage=reinforce_pp", "--update.reference={kl: 0.5}"],
-    "imitation": ["--update.loss=imitation", "--teacher.path=tiny-teacher"],
-    "tree": ["--update.advantage=tree", "--rollout.tree={segment: 3}"],
-}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import metrics_of, run, run_here, start, write_recipe
+from tiny_run import METHODS, make_policy, metrics_of, run, run_here, start, write_recipe
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from trimtab.rl.sharding import stored_buffers
@@ -86,6 +86,24 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(uninterrupted)
         assert (folder / "late" / "policy" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_goes_on_as_if_it_had_not_been_stopped(uninterrupted, method):
+    """Buffers, rates, references and rollouts on their way are in the checkpoint."""
+    folder = uninterrupted
+    if not (folder / "tiny-teacher").exists():
+        make_policy(folder / "tiny-teacher", seed=1)
+    base = ["--config", folder / "recipe.yaml", "--updates=7", "--evaluation.problems=0"]
+    base += ["--update.pruning=null", "--update.trust_region=null", *METHODS[method]]
+    run_here([*base, "--run_dir", f"{method}-whole"], folder)
+    run_here([*base, "--run_dir", f"{method}-stopped", "--trainer.max_steps=5"], folder)
+    assert len(metrics_of(folder / f"{method}-stopped")) < 6
+    run_here(["--resume", f"{method}-stopped"], folder)
+    whole, stopped = (metrics_of(folder / f"{method}-{end}") for end in ("whole", "stopped"))
+    assert whole == stopped and whole[-1]["grad_norm"] > 0
+    weights = [policy_of(folder / f"{method}-{end}") for end in ("whole", "stopped")]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
 def test_resume_works_from_another_directory(uninterrupted, tmp_path):
     """Relative paths of the recipe mean what they meant where the run was started."""
     folder = uninterrupted
@@ -154,6 +172,8 @@ def test_the_policy_it_leaves_has_the_buffers_of_the_one_it_got(tmp_path):
 # Edits that must turn this file red:
 # * loop.py: on_load_checkpoint does not restore updates_done
 # * loop.py: seed the requests without the update number
+# * loop.py: success_rates, replay or pending left out of the checkpoint; the reference not a
+#   submodule
 # * recording.py: forget_after keeps every line
 # * optim/lr_scheduler.py: leave the detector out of state_dict
 # * run.py: newest_checkpoint takes the newest name unread

@@ -47,6 +47,26 @@ TINY: dict[str, Any] = {
 }
 
 
+METHODS: dict[str, list[str]] = {
+    "reval": [
+        "--update.loss=reval",
+        "--update.reval.beta=0.5",
+        "--update.replay={size: 40, updates: 2}",
+        "--update.reference={reset_every: 2}",
+    ],
+    "remax-knapsack": [
+        "--update.advantage=remax",
+        "--problems=4",
+        "--rollout.budget={low: 2, high: 9, threshold: 0.2}",
+    ],
+    "reinforce_pp-kl": ["--update.advantage=reinforce_pp", "--update.reference={kl: 0.5}"],
+    "imitation": ["--update.loss=imitation", "--teacher.path=tiny-teacher"],
+    "asynchronous": ["--rollout.asynchronous=true", "--update.loss=ppo_clip"],
+    "tree": ["--update.advantage=tree", "--rollout.tree={segment: 3}"],
+}
+"""Arguments that switch a method of the family on."""
+
+
 def make_policy(folder: Path, seed: int = 0) -> None:
     """A random policy and its tokenizer in the transformers format."""
     from transformers import LlamaConfig, LlamaForCausalLM
