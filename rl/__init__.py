@@ -58,7 +58,10 @@ _HOMES = {
         "Tree",
     ),
     "server_engine": ("VLLMServerEngine",),
+    "seeds": ("stable_seed",),
     "tasks": ("JsonLinesTask", "Problem", "ReasoningGymTask", "Task"),
+    "tools": ("ToolUse",),
+    "turns": ("ToolTurns",),
     "warmup": ("WarmupConfig", "warm_up"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -71,10 +71,11 @@ def outcome_advantages(
 
 
 def last_token_rewards(batch: RolloutBatch) -> Tensor:
-    """[B, T] fp32: the reward of each rollout at its last token."""
+    """[B, T] fp32: the reward of each rollout at the last token that the policy sampled."""
     token_rewards = batch.rewards.new_zeros(batch.mask.shape)
     rows = torch.arange(len(batch), device=batch.rewards.device)
-    token_rewards[rows, batch.mask.sum(-1) - 1] = batch.rewards
+    columns = torch.arange(batch.mask.shape[1], device=batch.rewards.device)
+    token_rewards[rows, (columns * batch.mask).argmax(-1)] = batch.rewards
     return token_rewards
 
 

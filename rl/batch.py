@@ -21,12 +21,14 @@ class RolloutBatch:
     Args:
         prompts: token ids of the P prompts.
         tokens: [B, T] int64, right-padded with 0.
-        mask: [B, T] bool, True at a sampled token.
+        mask: [B, T] bool, True at a token that the policy sampled; False at a tool's, and at
+            padding.
         rollout_logp: [B, T] fp32, the engine's log-probabilities, nats; 0 at padding.
         group_index: [B] int64 in [0, P): prompt of each rollout.
         group_ids: [B] int64: the same over all processes.
         rewards: [B] fp32.
         truncated: [B] bool: cut at the token limit.
+        present: [B, T] bool, True at a token, whoever wrote it; None: that is `mask`.
         paths: [B, D] int64: who decoded each segment of a rollout in a tree, -1 behind its end;
             None: no trees.
         greedy_rewards: [P] fp32, of the greedy rollout of each prompt, NaN where it was lost; None:
@@ -41,15 +43,21 @@ class RolloutBatch:
     group_ids: Tensor
     rewards: Tensor
     truncated: Tensor
+    present: Tensor | None = None
     paths: Tensor | None = None
     greedy_rewards: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def written(self) -> Tensor:
+        """[B, T] bool: tokens of each rollout, the policy's and a tool's; no gap in a row."""
+        return self.mask if self.present is None else self.present
+
     def responses(self) -> list[list[int]]:
         """Token ids of each rollout, without padding."""
-        rows = zip(self.tokens, self.mask, strict=True)
+        rows = zip(self.tokens, self.written, strict=True)
         return [tokens[mask].tolist() for tokens, mask in rows]
 
     def rows_of_prompts(self, first: int, last: int) -> Tensor:
@@ -66,17 +74,18 @@ class RolloutBatch:
             A batch whose group_index counts the prompts that are left; group_ids stay.
         """
         groups, index = torch.unique(self.group_index[rows], return_inverse=True)
-        mask = self.mask[rows]
-        width = int(mask.sum(-1).max()) if len(mask) else 1
+        written = self.written[rows]
+        width = int(written.sum(-1).max()) if len(written) else 1
         return RolloutBatch(
             [self.prompts[g] for g in groups.tolist()],
             self.tokens[rows, :width],
-            mask[:, :width],
+            self.mask[rows, :width],
             self.rollout_logp[rows, :width],
             index,
             self.group_ids[rows],
             self.rewards[rows],
             self.truncated[rows],
+            None if self.present is None else written[:, :width],
             None if self.paths is None else self.paths[rows],
             None if self.greedy_rewards is None else self.greedy_rewards[groups],
         )
@@ -114,11 +123,13 @@ def collate(
     tokens = torch.zeros(len(kept), width, dtype=torch.long)
     logp = torch.zeros(len(kept), width, dtype=torch.float32)
     mask = torch.zeros(len(kept), width, dtype=torch.bool)
+    present = torch.zeros_like(mask)
     for row, (_, sample, _) in enumerate(kept):
         length = len(sample.token_ids)
         tokens[row, :length] = torch.tensor(sample.token_ids)
         logp[row, :length] = torch.tensor(sample.logprobs, dtype=torch.float32)
-        mask[row, :length] = True
+        present[row, :length] = True
+        mask[row, :length] = torch.tensor(sample.mask) if sample.mask else True
     index = torch.tensor([p for p, _, _ in kept], dtype=torch.long)
     depth = max((len(sample.path) for _, sample, _ in kept), default=0)
     paths = torch.full((len(kept), depth), -1, dtype=torch.long)
@@ -139,6 +150,7 @@ def collate(
         torch.tensor([s.finish_reason == "length" for _, s, _ in kept], dtype=torch.bool).to(
             device
         ),
+        None if mask.equal(present) else present.to(device),
         paths.to(device) if depth else None,
         greedy,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from .config import RLConfig
 from .rewards import RewardWorker
 from .rollout import Request, RolloutEngine, Sample, Sampling, Tree
 from .tasks import Problem, Split, Task
+from .turns import ToolTurns
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class Collector:
     def __init__(self, config: RLConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.task, self.tokenizer = config, task, tokenizer
         self.stop_token_ids = stop_token_ids(tokenizer, task)
+        self.turns: ToolTurns | None = None
+        if task.tool is not None:
+            self.turns = ToolTurns(task.tool, tokenizer)
         self.worker = RewardWorker(task.reward_function(), config.rollout.reward_timeout)
 
     def collect(
@@ -119,7 +122,11 @@ class Collector:
                 replace(request, sampling=replace(request.sampling, n=count))
                 for request, count in zip(requests, counts, strict=True)
             ]
-        samples = engine.generate(with_greedy_extras(requests) if greedy else requests)
+        requests = with_greedy_extras(requests) if greedy else requests
+        if self.turns is None:
+            samples = engine.generate(requests)
+        else:
+            samples = self.turns.generate(engine, requests)
         sampled = time.perf_counter()
         extras: list[Sample] = []
         if greedy:
@@ -222,8 +229,10 @@ class Collector:
         return self.tokenizer.decode(ids)
 
     def close(self) -> None:
-        """Ends the reward process."""
+        """Ends the reward process, and the tool's."""
         self.worker.close()
+        if self.turns is not None:
+            self.turns.close()
 
 
 def decoded_fraction(groups: Sequence[ScoredGroup], tree: Tree) -> float:
@@ -272,9 +281,3 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int,
             "stop: the tokenizer has no end-of-sequence token and the task no stop text"
         )
     return tuple(dict.fromkeys(ids))
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but its arguments."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -136,8 +136,8 @@ class TransformersEngine:
         """Samples of each request, in order.
 
         Args:
-            requests: may differ in prompt, n and seed, and some may be greedy; the rest of their
-                sampling must be the same.
+            requests: may differ in prompt, n, seed and max_tokens, and some may be greedy; the
+                rest of their sampling must be the same.
 
         Returns:
             For each request its `n` samples.
@@ -182,7 +182,8 @@ class TransformersEngine:
         sampling = next((r.sampling for r in requests if not _greedy(r)), requests[0].sampling)
         prompts = Prompts(self.model, [r.prompt_ids for r in requests])
         device = prompts.device
-        cache = GroupCache(prompts.lengths, sampling.max_tokens)
+        longest = max(r.sampling.max_tokens for r in requests)
+        cache = GroupCache(prompts.lengths, longest)
         prompts.prefill(cache)
 
         samples: list[list[tuple[int, int]]] = [[] for _ in prompts.ids]  # of each prompt
@@ -196,15 +197,19 @@ class TransformersEngine:
         rows = len(source)
 
         drawn = [_uniforms(r.sampling) for r in requests]
-        uniforms = torch.zeros(rows, sampling.max_tokens, dtype=torch.float64)
+        uniforms = torch.zeros(rows, longest, dtype=torch.float64)
+        limits = torch.zeros(rows, dtype=torch.long)
         for row, entry in enumerate(source):
             if entry is not None:
-                uniforms[row] = drawn[entry[0]][entry[1]]
+                own = drawn[entry[0]][entry[1]]
+                uniforms[row, : len(own)] = own
+                limits[row] = len(own)
+        limits = limits.to(device)
         uniforms = uniforms.to(device)
         greedy = torch.tensor([e is not None and _greedy(requests[e[0]]) for e in source])
         greedy = greedy.to(device)
-        tokens = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(rows, sampling.max_tokens, dtype=torch.float32, device=device)
+        tokens = torch.zeros(rows, longest, dtype=torch.long, device=device)
+        logprobs = torch.zeros(rows, longest, dtype=torch.float32, device=device)
         counts = torch.zeros(rows, dtype=torch.long, device=device)
         stops = torch.tensor(sampling.stop_token_ids, device=device, dtype=torch.long)
 
@@ -213,7 +218,7 @@ class TransformersEngine:
         of_row = torch.tensor(segments, device=device).repeat_interleave(width)
         # The last prompt token is the first one decoded: then every step has the same form.
         last, position = prompts.last[of_row], prompts.lengths[of_row]
-        for step in range(sampling.max_tokens):
+        for step in range(longest):
             row, alive, last, position = cache.compact(row, alive, last, position)
             logits = self.model(
                 last[:, None], position_ids=position[:, None], use_cache=False, group_cache=cache
@@ -223,7 +228,7 @@ class TransformersEngine:
             tokens[written, step] = last[alive]
             logprobs[written, step] = logp[alive]
             counts[written] = step + 1
-            alive = alive & ~torch.isin(last, stops)
+            alive = alive & ~torch.isin(last, stops) & (step + 1 < limits[row])
             position = position + 1
             if not alive.any():
                 break
@@ -247,14 +252,15 @@ def _check_requests(requests: list[Request]) -> None:
     for i, request in enumerate(requests):
         if not len(request.prompt_ids):
             raise ValueError(f"requests[{i}]: expected a prompt of at least one token, got none")
-        own = replace(request.sampling, n=first.n, seed=first.seed)
+        same = {name: getattr(first, name) for name in ("n", "seed", "max_tokens")}
+        own = replace(request.sampling, **same)
         if _greedy(request):  # truncation does not change the largest
             others = {name: getattr(first, name) for name in ("top_p", "top_k", "min_p", "tree")}
             own = replace(own, temperature=first.temperature, **others)
         if own != first:
             raise ValueError(
-                f"requests[{i}]: expected the sampling of the others (n, seed and whether greedy "
-                f"may differ), got {request.sampling} and {first}"
+                f"requests[{i}]: expected the sampling of the others (n, seed, max_tokens and "
+                f"whether greedy may differ), got {request.sampling} and {first}"
             )
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .collect import stable_seed
 from .loop import RLModule
 from .rollout import RolloutEngine
+from .seeds import stable_seed
 from .sharding import full_parameters
 
 

@@ -26,7 +26,7 @@ from ..stability import group_metrics
 from .ahead import RolloutsAhead
 from .batch import RolloutBatch, collate
 from .budget import SuccessRates, allocate_budget, budget_metrics
-from .collect import Collected, Collector, ScoredGroup, decoded_fraction, stable_seed
+from .collect import Collected, Collector, ScoredGroup, decoded_fraction
 from .config import RLConfig
 from .data import problems_of_update, share_of
 from .engine import TransformersEngine
@@ -39,6 +39,7 @@ from .ranks import (
     world_size,
 )
 from .rollout import RolloutEngine, refuse_engine
+from .seeds import stable_seed
 from .server_engine import VLLMServerEngine
 from .sharding import full_parameters, is_sharded, shard_policy
 from .tasks import Task

@@ -91,14 +91,18 @@ def policy_statistics(
         return x.new_zeros(batch.mask.shape).masked_scatter(batch.mask, x)
 
     def responses(model: PreTrainedModel) -> tuple:
-        return model, batch.prompts, batch.tokens, batch.mask, batch.group_index
+        return model, batch.prompts, batch.tokens, batch.written, batch.group_index
+
+    def sampled(x: Tensor) -> Tensor:
+        """Rows of the policy's own tokens, among those of all."""
+        return x if batch.present is None else x[batch.mask[batch.present]]
 
     labels = batch.tokens[batch.mask]
     rho = None if config.pruning is None else config.pruning.rho
     if config.head == "fused":
         hidden, head = response_hidden(*responses(policy), route=config.route)
         flat = linear_token_stats(
-            hidden,
+            sampled(hidden),
             head.weight,
             labels,
             bias=head.bias,
@@ -107,14 +111,14 @@ def policy_statistics(
             prune=rho,
         )
         return Statistics(TokenStats(*map(padded, flat)))
-    logits = response_logits(*responses(policy), route=config.route)
+    logits = sampled(response_logits(*responses(policy), route=config.route))
     stats = TokenStats(
         *map(padded, token_stats(logits, labels, temperature=temperature, prune=rho))
     )
     if teacher is None:
         return Statistics(stats)
     with torch.no_grad():
-        taught = response_logits(*responses(teacher), route=config.route)
+        taught = sampled(response_logits(*responses(teacher), route=config.route))
     top_k = config.imitation.teacher_top_k
     if top_k is None:
         kl = token_kl(logits, taught, temperature=temperature)

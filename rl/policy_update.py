@@ -22,7 +22,6 @@ from ..optim import LengthTriggeredLR
 from ..triton_kernels.token_stats import TokenStats
 from .advantages import outcome_advantages
 from .batch import RolloutBatch
-from .collect import stable_seed
 from .config import RLConfig
 from .objective import (
     Objective,
@@ -38,6 +37,7 @@ from .prefix import SharedPrefix
 from .prefix_waves import Wave, WaveOutput
 from .ranks import mean_over_ranks, world_size
 from .replay import ReplayBuffer
+from .seeds import stable_seed
 from .sharding import all_reduce_gradients, is_sharded, take_part_in_backward
 
 if TYPE_CHECKING:

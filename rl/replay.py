@@ -29,6 +29,7 @@ class Trajectory(NamedTuple):
         reward: as it was given.
         truncated: cut at the token limit.
         rollout_logp: the engine's log-probs, nats.
+        mask: where the policy sampled the token.
     """
 
     prompt_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class Trajectory(NamedTuple):
     reward: float
     truncated: bool
     rollout_logp: tuple[float, ...]
+    mask: tuple[bool, ...]
 
 
 class ReplayBuffer:
@@ -75,6 +77,7 @@ class ReplayBuffer:
             batch.rewards.tolist(),
             batch.truncated.tolist(),
             batch.rollout_logp.cpu(),
+            batch.mask.cpu(),
             strict=True,
         )
         own = [
@@ -85,8 +88,9 @@ class ReplayBuffer:
                 reward,
                 cut,
                 tuple(logp[: len(ids)].tolist()),
+                tuple(mask[: len(ids)].tolist()),
             )
-            for p, ids, target, reward, cut, logp in rows
+            for p, ids, target, reward, cut, logp, mask in rows
         ]
         if process_group is None:
             self._kept.extend(own)
@@ -125,20 +129,24 @@ class ReplayBuffer:
         width = max((len(row.token_ids) for row in rows), default=1)
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         logp = torch.zeros(len(rows), width, dtype=torch.float32)
-        lengths = torch.tensor([len(row.token_ids) for row in rows], dtype=torch.long)
+        present = torch.zeros(len(rows), width, dtype=torch.bool)
+        mask = torch.zeros_like(present)
         for i, row in enumerate(rows):
+            present[i, : len(row.token_ids)] = True
+            mask[i, : len(row.token_ids)] = torch.tensor(row.mask)
             tokens[i, : len(row.token_ids)] = torch.tensor(row.token_ids)
             logp[i, : len(row.token_ids)] = torch.tensor(row.rollout_logp, dtype=torch.float32)
         index = torch.tensor([place[row.prompt_ids] for row in rows], dtype=torch.long)
         batch = RolloutBatch(
             [list(prompt) for prompt in prompts],
             tokens.to(device),
-            (torch.arange(width) < lengths[:, None]).to(device),
+            mask.to(device),
             logp.to(device),
             index.to(device),
             index.to(device),
             torch.tensor([row.reward for row in rows], dtype=torch.float32).to(device),
             torch.tensor([row.truncated for row in rows], dtype=torch.bool).to(device),
+            None if mask.equal(present) else present.to(device),
         )
         return batch, torch.tensor([row.target for row in rows], dtype=torch.float32).to(device)
 
@@ -147,7 +155,7 @@ class ReplayBuffer:
 
         Returns:
             Prompts once each (`prompts`, `prompt_lengths`), then for each trajectory its prompt,
-            tokens, log-probs, target, reward and whether it was truncated.
+            tokens, log-probs, mask, target, reward and whether it was truncated.
         """
         rows = list(self._kept)
         prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
@@ -166,6 +174,7 @@ class ReplayBuffer:
         for name in ("target", "reward"):
             state[name] = torch.tensor([getattr(row, name) for row in rows], dtype=torch.float32)
         state["truncated"] = torch.tensor([row.truncated for row in rows], dtype=torch.bool)
+        state["mask"] = torch.tensor([x for row in rows for x in row.mask], dtype=torch.bool)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -182,11 +191,8 @@ class ReplayBuffer:
             raise ValueError(f"expected state with keys {sorted(expected)}, got {sorted(state)}")
         lengths, prompt_lengths = state["lengths"].tolist(), state["prompt_lengths"].tolist()
         rows = len(lengths)
-        sizes = {
-            "tokens": sum(lengths),
-            "rollout_logp": sum(lengths),
-            "prompts": sum(prompt_lengths),
-        }
+        sizes = dict.fromkeys(("tokens", "rollout_logp", "mask"), sum(lengths))
+        sizes["prompts"] = sum(prompt_lengths)
         sizes |= dict.fromkeys(("prompt_of_row", "target", "reward", "truncated"), rows)
         for name, size in sizes.items():
             if len(state[name]) != size:
@@ -199,6 +205,7 @@ class ReplayBuffer:
             state["reward"].tolist(),
             state["truncated"].tolist(),
             [tuple(part.tolist()) for part in state["rollout_logp"].split(lengths)],
+            [tuple(part.tolist()) for part in state["mask"].split(lengths)],
             strict=True,
         )
         self._kept = deque((Trajectory(*row) for row in columns), maxlen=self.size)

@@ -120,6 +120,8 @@ class Sample:
             temperature and truncation; for greedy decoding, under the untruncated distribution).
         finish_reason: `stop` (a stop token ends it) or `length` (cut at max_tokens).
         version: weight version that sampled it.
+        mask: where the policy sampled the token; False at a tool's, whose log-prob is 0. Empty:
+            everywhere.
         path: of a rollout in a tree: for each of its segments the number of the rollout, among
             those of its request, that decoded it.
 
@@ -132,11 +134,16 @@ class Sample:
     finish_reason: FinishReason
     version: int = 0
     path: tuple[int, ...] = ()
+    mask: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(
                 f"logprobs: expected {len(self.token_ids)}, one per token, got {len(self.logprobs)}"
+            )
+        if self.mask and len(self.mask) != len(self.token_ids):
+            raise ValueError(
+                f"mask: expected {len(self.token_ids)}, one per token, got {len(self.mask)}"
             )
 
 

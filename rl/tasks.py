@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .rewards import RewardFunction, import_function, reasoning_gym_reward
+from .tools import ToolUse
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,13 @@ class Task(ABC):
     """What the loop asks of a task.
 
     `stop` is the text whose single token ends an answer, beside the tokenizer's end-of-sequence
-    token; empty means that token alone. A task may also have `label(completion) -> str`: the
-    evaluation then reports each label's share and accuracy.
+    token; empty means that token alone. `tool` is what a rollout may call; None: nothing. A task
+    may also have `label(completion) -> str`: the evaluation then reports each label's share and
+    accuracy.
     """
 
     stop: str = ""
+    tool: ToolUse | None = None
 
     @abstractmethod
     def problem(self, split: Split, index: int) -> Problem:
@@ -69,6 +72,8 @@ class ReasoningGymTask(Task):
             null keeps the generator's score in [0, 1].
         stop: text of the token that ends an answer; empty relies on the end-of-sequence token.
         seed: of the training problems; held-out problems come from another seed.
+        tool: what rollouts may call, and how; null: nothing. The answer is looked for in what the
+            policy wrote and what it got in reply.
 
     Raises:
         ValueError: no such generator (with the nearest names), or it refuses a parameter.
@@ -83,12 +88,13 @@ class ReasoningGymTask(Task):
         threshold: float | None = 0.99,
         stop: str = "",
         seed: int = 0,
+        tool: ToolUse | None = None,
     ) -> None:
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}}, got {template!r}")
         self.name, self.params, self.template = name, dict(params or {}), template
         self.answer_after, self.threshold = answer_after, threshold
-        self.stop, self.seed = stop, seed
+        self.stop, self.seed, self.tool = stop, seed, tool
         self._sets = {
             "train": _reasoning_gym_set(name, self.params, seed * SEED_STRIDE),
             "heldout": _reasoning_gym_set(name, self.params, seed * SEED_STRIDE + HELDOUT_OFFSET),
@@ -155,6 +161,7 @@ class JsonLinesTask(Task):
         reward: `package.module:function`, importable from where the run is started.
         heldout_path: file of held-out prompts; null holds out every tenth line of `path`.
         stop: text of the token that ends an answer; empty relies on the end-of-sequence token.
+        tool: what rollouts may call, and how; null: nothing.
 
     Raises:
         ValueError: a file is missing, empty or malformed (with file and line), or the reward
@@ -162,9 +169,14 @@ class JsonLinesTask(Task):
     """
 
     def __init__(
-        self, path: str, reward: str, heldout_path: str | None = None, stop: str = ""
+        self,
+        path: str,
+        reward: str,
+        heldout_path: str | None = None,
+        stop: str = "",
+        tool: ToolUse | None = None,
     ) -> None:
-        self.stop = stop
+        self.stop, self.tool = stop, tool
         self._reward = import_function(reward)
         rows = read_json_lines(Path(path))
         if heldout_path is not None:

@@ -197,6 +197,9 @@ def _decode_segment(
     last[torch.tensor(going_on, dtype=torch.long, device=device)] = ends
     position = prompts.lengths[of_row] + used.to(device)
     stops = torch.tensor(sampling.stop_token_ids, device=device, dtype=torch.long)
+    limits = torch.tensor(
+        [0 if entry is None else entry[0].request.sampling.max_tokens for entry in source]
+    ).to(device)
     uniforms = torch.zeros(len(source), steps, dtype=torch.float64)
     for row, entry in enumerate(source):
         if entry is not None:
@@ -211,7 +214,7 @@ def _decode_segment(
             last[:, None], position_ids=position[:, None], use_cache=False, group_cache=cache
         ).logits[:, -1]
         last, logp = choose_tokens(logits, sampling, uniforms[:, step], nobody)
-        full = used.to(device) + step + 1 >= sampling.max_tokens
+        full = position - prompts.lengths[of_row] + 1 >= limits
         written = alive.tolist()
         alive = alive & ~torch.isin(last, stops) & ~full
         after = zip(written, last.tolist(), logp.tolist(), alive.tolist(), strict=True)

@@ -22,7 +22,7 @@ from trimtab.rl import (
     allocate_budget,
     problems_of_update,
 )
-from trimtab.rl.collect import stable_seed
+from trimtab.rl.seeds import stable_seed
 
 REVAL = {
     "loss": "reval",

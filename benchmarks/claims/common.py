@@ -27,11 +27,11 @@ from transformers import logging as transformers_logging
 
 from trimtab.rl import Request, RLModule, RolloutBatch, Sampling, TransformersEngine, collate
 from trimtab.rl.cli import make_parser, parse
-from trimtab.rl.collect import stable_seed
 from trimtab.rl.config import RLConfig
 from trimtab.rl.data import ProblemData
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.run import load_policy
+from trimtab.rl.seeds import stable_seed
 
 # a script finds its own folder only
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
