@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +96,10 @@ class ChainSumTask(ReasoningGymTask):
         return "worked" if "=" in completion else "direct"
 
     def _shots(self, stream: str, index: int, count: int, styles: Styles) -> list[tuple[str, str]]:
-        chooser = random.Random(f"{self.seed}/{stream}/{index}")
+        drawn = draw_style(f"{self.seed}/{stream}/{index}", styles)
         first = index * (self.shots + 1)
         entries = [self._examples[stream].entry("train", first + i) for i in range(count)]
-        return [(question_text(e), answer_text(e, _draw(styles, chooser))) for e in entries]
+        return [(question_text(e), answer_text(e, next(drawn))) for e in entries]
 
 
 EXAMPLES_SEED = 1_000
@@ -121,27 +122,42 @@ def answer_text(entry: dict[str, Any], style: str) -> str:
     """
     if style == "direct":
         return f"#{entry['answer']}\n"
-    terms = [
-        int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))
-    ]
-    total, steps = terms[0], []
-    for term in terms[1:]:
-        steps.append(_step(total, term))
-        total += term
+    steps = worked_steps(entry)
     if style == "checked":
-        undone = total
+        terms = terms_of(entry)
+        undone = sum(terms)
         for term in reversed(terms[1:]):
-            steps.append(_step(undone, -term))
+            steps.append((_sum(undone, -term), undone - term))
             undone -= term
-    return ";".join(steps) + f"#{entry['answer']}\n"
+    return ";".join(f"{sum_}={value}" for sum_, value in steps) + f"#{entry['answer']}\n"
 
 
-def _step(total: int, term: int) -> str:
-    return f"{total}{'+' if term >= 0 else '-'}{abs(term)}={total + term}"
+def terms_of(entry: dict[str, Any]) -> list[int]:
+    """The terms of a chain_sum entry, with their signs."""
+    expression = entry["metadata"]["expression"].replace(" ", "")
+    return [int(term) for term in re.findall(r"[+-]?\d+", expression)]
 
 
-def _draw(styles: Styles, chooser: random.Random) -> str:
-    u = chooser.random()
-    if u < styles.worked:
-        return "worked"
-    return "checked" if u < styles.worked + styles.checked else "direct"
+def worked_steps(entry: dict[str, Any]) -> list[tuple[str, int]]:
+    """The entry's calculation, (`7+5`, 12), (`12-3`, 9), .., term by term."""
+    first, *rest = terms_of(entry)
+    steps, total = [], first
+    for term in rest:
+        steps.append((_sum(total, term), total + term))
+        total += term
+    return steps
+
+
+def _sum(total: int, term: int) -> str:
+    return f"{total}{'+' if term >= 0 else '-'}{abs(term)}"
+
+
+def draw_style(seed: str, styles: Styles) -> Iterator[str]:
+    """Styles of the answers of one document, one after the other; a function of the arguments."""
+    chooser = random.Random(seed)
+    while True:
+        u = chooser.random()
+        if u < styles.worked:
+            yield "worked"
+        else:
+            yield "checked" if u < styles.worked + styles.checked else "direct"

@@ -74,3 +74,8 @@ def lost_on_the_second_rank(prompts, completions, completion_ids):
     if int(prompts[0][0]) % 4 >= 2:
         raise RuntimeError("no score")
     return digits_written(prompts, completions, completion_ids)
+
+
+def reversed_digits(call):
+    """A tool: the digits of the call, backwards."""
+    return "".join(c for c in reversed(call) if c.isdigit()) or "0"
