@@ -4,6 +4,9 @@
     trimtab-rl --config recipe.yaml --trainer.devices 2 --trainer.strategy ddp
     trimtab-rl --resume runs/RUN
     trimtab-rl report runs/RUN
+    trimtab-rl compare runs/A runs/B --output compare.html
+    trimtab-rl eval runs/RUN --samples 16
+    trimtab-rl doctor
     trimtab-rl length-trigger METRICS.jsonl
 
 Bad input ends with one line and exit code 2 before anything is written.
@@ -20,10 +23,9 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-import yaml
 
 from .explain import explain
 
@@ -72,31 +74,30 @@ def main(argv: list[str] | None = None) -> None:
         # Lightning starts the other ranks with this command line, in the directory this one is in
         # by then (see _go_to_where_it_started): relative paths mean what they meant here.
         os.chdir(os.environ.setdefault("TRIMTAB_CALLED_IN", os.getcwd()))
-    quieten()
+    command = arguments[0] if arguments else ""
     try:
-        if arguments[:1] == ["report"]:
-            _report(arguments[1:])
+        if command == "doctor":  # before anything of the extra `rl` is imported
+            COMMANDS[command](arguments[1:])
             return
-        if arguments[:1] == ["length-trigger"]:
-            from .length_trigger import main as length_trigger
-
-            length_trigger(arguments[1:])
+        quieten()
+        if command in COMMANDS:
+            COMMANDS[command](arguments[1:])
             return
-        run = prepared(arguments)
+        work = _evaluation(arguments[1:]) if command == "eval" else prepared(arguments).train
     except ModuleNotFoundError as missing:
         if missing.name not in ("jsonargparse", "rich", "matplotlib", "tensorboard"):
             raise
         _refuse(ValueError(f"{missing.name} is not installed; pip install 'trimtab[rl]'"))
     except (ValueError, ArgumentError, OSError) as error:  # OSError names the file it is about
         _refuse(error)
-    run.train()  # from here on an error is ours, or the machine's: a traceback is what helps
+    work()  # from here on an error is ours, or the machine's: a traceback is what helps
 
 
 def prepared(arguments: list[str]) -> Run:
     """The run that these arguments ask for, checked; nothing of it is written yet.
 
     Args:
-        arguments: of the command line, without `report` and `length-trigger`.
+        arguments: of the command line, without the other commands' ones.
 
     Returns:
         A Run whose `train` is next.
@@ -116,12 +117,46 @@ def prepared(arguments: list[str]) -> Run:
 def _report(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError(f"report: expected one run folder, got {arguments}")
+    from .html_report import write_html_report
     from .recording import RunFolder
     from .report import draw_report
 
     folder = RunFolder.existing(arguments[0])
     draw_report(folder.metrics, folder.report)
     print(folder.report)
+    print(write_html_report(folder.path))
+
+
+def _compare(arguments: list[str]) -> None:
+    from .compare import main as compare
+
+    compare(arguments)
+
+
+def _doctor(arguments: list[str]) -> None:
+    from .doctor import main as doctor
+
+    doctor(arguments)
+
+
+def _length_trigger(arguments: list[str]) -> None:
+    from .length_trigger import main as length_trigger
+
+    length_trigger(arguments)
+
+
+def _evaluation(arguments: list[str]) -> Callable[[], None]:
+    from .evaluate_run import prepared as prepared_evaluation
+
+    return prepared_evaluation(arguments).run
+
+
+COMMANDS = {
+    "report": _report,
+    "compare": _compare,
+    "doctor": _doctor,
+    "length-trigger": _length_trigger,
+}
 
 
 def make_parser() -> Any:
@@ -135,7 +170,9 @@ def make_parser() -> Any:
     parser = ArgumentParser(
         prog="trimtab-rl",
         description="Reinforcement learning of a language model on verifiable rewards.",
-        epilog=f"Packaged recipes: {names}. `trimtab-rl report RUN` draws a run's report again; "
+        epilog=f"Packaged recipes: {names}. `trimtab-rl report RUN` draws a run's reports again; "
+        "`trimtab-rl compare RUN RUN...` sets runs side by side; `trimtab-rl eval RUN` samples a "
+        "run's policy (pass@k, majority vote); `trimtab-rl doctor` says what is installed; "
         "`trimtab-rl length-trigger METRICS.jsonl` replays a length-triggered rate over a log.",
         exit_on_error=False,
         default_env=False,
@@ -169,6 +206,8 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
     Raises:
         ValueError, ArgumentError: an argument is wrong; nothing has been written.
     """
+    import yaml  # not above: `doctor` runs without it
+
     arguments = [_packaged(arguments, i) for i in range(len(arguments))]
     try:
         resume = _resume_folder(arguments)
@@ -233,6 +272,8 @@ def _recipe_path(name: str) -> str:
 
 def _checked(path: str) -> str:
     """The path of a file that holds YAML keys; the parser would name neither file nor line."""
+    import yaml
+
     try:
         keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

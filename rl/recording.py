@@ -85,6 +85,7 @@ class RunFolder:
         self.transcripts = path / "transcripts.jsonl"
         self.summary = path / "summary.json"
         self.report = path / "report.png"
+        self.page = path / "report.html"
         self.checkpoints = path / "checkpoints"
         self.policy = path / "policy"
 

@@ -20,15 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from .config import PolicyConfig, RLConfig
+from .dashboard import run_display
 from .data import ProblemData
 from .evaluation import evaluate
+from .html_report import write_html_report
 from .loop import RLModule
 from .machine import environment, fastest_threads
 from .prefix_support import refuse_unsupported
 from .ranks import check_shares, refuse_precision, refuse_strategy
 from .recording import (
     MetricsWriter,
-    ProgressBar,
     RunFolder,
     TensorBoard,
     TranscriptWriter,
@@ -178,7 +179,7 @@ class Run:
         )
         extra = options.pop("callbacks", None) or []
         shown = options.pop("enable_progress_bar", None) is not False
-        display = progress_display("RL") if shown else None
+        display = run_display(folder.metrics, self.config.updates) if shown else None
         callbacks: list[Callback] = [
             HeldOutEvaluation(folder),
             MetricsWriter(folder.metrics),
@@ -203,7 +204,7 @@ class Run:
                 log_every_n_steps=1,
                 num_sanity_val_steps=0,
                 enable_model_summary=False,
-                enable_progress_bar=isinstance(display, ProgressBar),
+                enable_progress_bar=False,  # Lightning's own, beside ours
                 use_distributed_sampler=False,
                 **{name: value for name, value in options.items() if value is not None},
             )
@@ -222,6 +223,7 @@ class Run:
         }
         draw_report(folder.metrics, folder.report)
         if module.updates_done < self.config.updates:
+            self._write_page()
             print(f"stopped after update {module.updates_done}: --resume {folder.path} goes on")
             return
         with replaced_folder(folder.policy) as unfinished:
@@ -230,9 +232,16 @@ class Run:
             module.tokenizer.save_pretrained(unfinished)
         summary["updates"] = module.updates_done  # last: it says that the run is finished
         replace_text(folder.summary, json.dumps(summary, indent=1))
+        self._write_page()  # it says that the run is finished, so it comes last
         print_table(summary, folder.path)
         if module.skipped_updates >= module.updates_done:
             print("WARNING: nothing was trained: every update was skipped (why, stands above)")
+
+    def _write_page(self) -> None:
+        try:
+            write_html_report(self.folder.path)
+        except ValueError as error:  # a file of the folder that somebody edited
+            logger.warning("report.html is not written: %s", error)
 
 
 class CheckpointWriter(Checkpoint):

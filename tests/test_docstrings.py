@@ -11,6 +11,20 @@ import trimtab.optim
 import trimtab.rl
 import trimtab.stability
 from trimtab.integrations import lightning, megatron, transformers, vllm
+from trimtab.rl import (
+    answer_figures,
+    compare,
+    dashboard,
+    doctor,
+    evaluate_run,
+    families,
+    html_parts,
+    html_report,
+    html_transcripts,
+    pass_at_k,
+    run_record,
+    svg,
+)
 from trimtab.triton_kernels import (
     divergence,
     gem,
@@ -43,12 +57,24 @@ PUBLIC = {
         *(
             (module, defined_in(module))
             for module in (
+                answer_figures,
+                compare,
+                dashboard,
                 divergence,
+                doctor,
+                evaluate_run,
+                families,
                 gem,
+                html_parts,
+                html_report,
+                html_transcripts,
                 imitation,
                 linear_token_stats,
+                pass_at_k,
                 prefix_attention,
+                run_record,
                 soft_value,
+                svg,
                 token_stats,
                 vllm,
             )
