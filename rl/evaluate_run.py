@@ -23,7 +23,7 @@ from transformers import logging as transformers_logging
 
 from .answer_figures import evaluation_result
 from .cli import make_parser, parse
-from .collect import Collector, ScoredGroup, stable_seed
+from .collect import Collector, ScoredGroup
 from .config import PolicyConfig, RLConfig
 from .engine import TransformersEngine
 from .machine import fastest_threads
@@ -31,6 +31,7 @@ from .pass_at_k import SUCCESS, Estimate
 from .recording import RunFolder, replace_text
 from .rollout import RolloutEngine
 from .run import load_policy, updates_of
+from .seeds import stable_seed
 from .server_engine import VLLMServerEngine
 
 
