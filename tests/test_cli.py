@@ -385,7 +385,7 @@ def test_help_documents_every_field(capfd):
         f"{prefix}{field.name}"
         for prefix, kind in nested(RLConfig, "")
         for field in dataclasses.fields(kind)
-        if not prefix.startswith("teacher.warmup.")  # policy.warmup's; an optional one in another has no help
+        if not prefix.startswith("teacher.warmup.")  # as policy.warmup
     ]
     groups = {prefix.removesuffix(".") for prefix, _ in nested(RLConfig, "")}
     assert len(wanted) > 70
