@@ -21,6 +21,7 @@ _HOMES = {
     "config": (
         "BudgetConfig",
         "EvaluationConfig",
+        "HealthConfig",
         "PolicyConfig",
         "RLConfig",
         "RecordConfig",
@@ -38,6 +39,7 @@ _HOMES = {
         "TrustRegionConfig",
         "UpdateConfig",
     ),
+    "health": ("Stopped",),
     "evaluation": ("Evaluation", "evaluate"),
     "data": ("ProblemData", "problems_of_update"),
     "engine": ("TransformersEngine",),

@@ -75,6 +75,15 @@ class RolloutsAhead:
         self.update, self._outcome = None, []
         return found, time.perf_counter() - started
 
+    def drop(self) -> None:
+        """Forgets the rollouts, once whatever makes them has let go of its engine.
+
+        Raises:
+            Exception: what the thread raised.
+        """
+        self.wait()
+        self.update, self._outcome = None, []
+
     def close(self, seconds: float = 5.0) -> None:
         """Gives a thread that still works a moment; rollouts that are here stay, for a checkpoint.
 

@@ -56,6 +56,7 @@ FREE_ON_RESUME = (
     "updates",
     "run_dir",
     "record.",
+    "health.",
     "rollout.server",
     "trainer.max_",
     "trainer.enable_",

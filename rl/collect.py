@@ -6,12 +6,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from .budget import with_greedy_extras
 from .config import RLConfig
+from .health import generate_again
 from .rewards import RewardWorker
 from .rollout import Request, RolloutEngine, Sample, Sampling, Tree
 from .tasks import Problem, Split, Task
@@ -83,7 +85,11 @@ class Collector:
         self.turns: ToolTurns | None = None
         if task.tool is not None:
             self.turns = ToolTurns(task.tool, tokenizer)
-        self.worker = RewardWorker(task.reward_function(), config.rollout.reward_timeout)
+        self.worker = RewardWorker(
+            task.reward_function(),
+            config.rollout.reward_timeout,
+            config.rollout.reward_memory_mb,
+        )
 
     def collect(
         self,
@@ -123,10 +129,11 @@ class Collector:
                 for request, count in zip(requests, counts, strict=True)
             ]
         requests = with_greedy_extras(requests) if greedy else requests
+        generate = partial(generate_again, engine)
         if self.turns is None:
-            samples = engine.generate(requests)
+            samples = generate(requests)
         else:
-            samples = self.turns.generate(engine, requests)
+            samples = self.turns.generate(generate, requests)
         sampled = time.perf_counter()
         extras: list[Sample] = []
         if greedy:

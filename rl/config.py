@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,8 @@ from .rollout import Tree
 from .tasks import Task
 from .update_config import UpdateConfig, require
 from .warmup import WarmupConfig
+
+Action = Literal["skip", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ class RolloutConfig:
             them in each process of the trainer. Started by VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
             --logprobs-mode processed_logprobs, where the run's folder has the same path.
         server_timeout: seconds a server has for an answer.
+        server_retries: times that a request which a server could not answer is asked again, of
+            the other servers, or of this one once it is back.
         reward_timeout: seconds one reward may take before its rollout is excluded.
+        reward_memory_mb: MiB that the reward function's process may allocate, with its imports;
+            null: any.
         max_rows: most rollouts decoded at a time, or asked of the servers, by each process.
         asynchronous: makes the rollouts of the next update while this one is computed, by the
             policy of one update before; the losses correct for it by their ratios. On a CPU give
@@ -95,7 +102,9 @@ class RolloutConfig:
     quantize_bits: Literal[4, 8] | None = None
     servers: tuple[str, ...] = ()
     server_timeout: float = 600.0
+    server_retries: int = 3
     reward_timeout: float = 10.0
+    reward_memory_mb: int | None = None
     max_rows: int = 512
     asynchronous: bool = False
     budget: BudgetConfig | None = None
@@ -109,6 +118,10 @@ class RolloutConfig:
         for name in ("reward_timeout", "server_timeout"):
             value = getattr(self, name)
             require(value > 0, f"rollout.{name}", "seconds > 0", value)
+        retries, memory = self.server_retries, self.reward_memory_mb
+        require(retries >= 0, "rollout.server_retries", "a count >= 0", retries)
+        holds = memory is None or memory > 0
+        require(holds, "rollout.reward_memory_mb", "MiB > 0 or null", memory)
         if self.budget is not None:
             low, high = self.budget.low, self.budget.high
             expected = f"a mean of rollout.budget, {low} to {high}"
@@ -165,6 +178,42 @@ class RecordConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What is done about an update that is not healthy.
+
+    Args:
+        nonfinite: where a log-prob, the loss, the gradient, a weight or the optimizer's state is
+            not finite: `skip` takes no step; `rollback` goes back to the last checkpoint (weights,
+            optimizer, rate, all that a checkpoint holds) and on with the next problems; `stop`
+            ends the run, which can be resumed. A step that has ruined weights cannot be skipped:
+            there, `skip` goes back, too. Before the first checkpoint, going back is skipping.
+        spike: the same where one of the following is exceeded.
+        grad_norm_factor: most that a gradient's norm may be of the median over the last healthy
+            updates, > 1; null: anything.
+        mismatch_factor: the same of the mean absolute difference between the log-probs of engine
+            and trainer.
+        window: healthy updates in the medians; spikes are judged once there are so many.
+        max_in_a_row: updates in a row that are skipped or go back; one more stops the run.
+    """
+
+    nonfinite: Action = "skip"
+    spike: Action = "skip"
+    grad_norm_factor: float | None = None
+    mismatch_factor: float | None = None
+    window: int = 32
+    max_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("grad_norm_factor", "mismatch_factor"):
+            value = getattr(self, name)
+            holds = value is None or 1 < value < math.inf
+            require(holds, f"health.{name}", "null or a factor > 1", value)
+        for name in ("window", "max_in_a_row"):
+            value = getattr(self, name)
+            require(value >= 1, f"health.{name}", "a count >= 1", value)
+
+
+@dataclass(frozen=True)
 class RLConfig:
     """One run.
 
@@ -181,6 +230,7 @@ class RLConfig:
         update: how the policy is updated.
         evaluation: before and after.
         record: checkpoints and transcripts.
+        health: what is done about updates that are not healthy.
         threads: CPU threads of torch in each process; 0 takes every core, or one if the cores are
             busy with something else; what it chose stands in the run folder's configuration.
     """
@@ -196,6 +246,7 @@ class RLConfig:
     update: UpdateConfig = UpdateConfig()  # noqa: RUF009 (frozen)
     evaluation: EvaluationConfig = EvaluationConfig()
     record: RecordConfig = RecordConfig()
+    health: HealthConfig = HealthConfig()
     threads: int = 0
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from .collect import Collected, Collector, ScoredGroup, decoded_fraction
 from .config import RLConfig
 from .data import problems_of_update, share_of
 from .engine import TransformersEngine
+from .health import HealthWatch
 from .policy_update import PolicyUpdate
 from .ranks import (
     check_shares,
@@ -83,6 +84,7 @@ class RLModule(pl.LightningModule):
         self.policy.eval()  # dropout would make the trainer's log-probs differ from the engine's
         self.updates_done = 0
         self.skipped_updates = 0
+        self.health = HealthWatch(config.health)
         self.last_groups: list[ScoredGroup] = []
         self.last_metrics: dict[str, float] = {}
         self.engine: RolloutEngine | None = None
@@ -171,6 +173,7 @@ class RLModule(pl.LightningModule):
             state["success_rates"] = self.success_rates.state_dict()
         if self.policy_update.replay is not None:
             state["replay"] = self.policy_update.replay.state_dict()
+        state["health"] = self.health.state_dict()
         if (pending := self.ahead.wait()) is not None:  # by weights that no checkpoint has
             own = self.collector.state_of(pending)
             of_ranks: list[Any] = [own] * world_size()
@@ -187,6 +190,8 @@ class RLModule(pl.LightningModule):
             self.success_rates.load_state_dict(state["success_rates"])
         if self.policy_update.replay is not None:
             self.policy_update.replay.load_state_dict(state["replay"])
+        if "health" in state:  # not in those of earlier versions
+            self.health.load_state_dict(state["health"])
         if "pending" in state:
             own = state["pending"][self.global_rank]
             self.ahead.put(self.updates_done, self.collector.restored(own, "train"))
@@ -197,9 +202,23 @@ class RLModule(pl.LightningModule):
         for counts in loops["epoch_progress"].values():
             counts["processed"] = counts["completed"] = 0
 
+    def go_back_to(self, checkpoint: dict[str, Any]) -> None:
+        """As `on_load_checkpoint`, but the run goes on with the problems that follow.
+
+        Args:
+            checkpoint: of this run, from before.
+        """
+        kept = (self.updates_done, self.skipped_updates, self._budgets)
+        self.ahead.drop()  # by weights that the policy no longer has
+        self.on_load_checkpoint(checkpoint)
+        self.ahead.drop()  # of problems that are done
+        self.updates_done, self.skipped_updates, self._budgets = kept
+
     def training_step(self, batch: tuple[int, list[int]], batch_index: int) -> None:
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
         update, numbers = batch
+        assert self.policy_update is not None
+        self.health.begin(update)
         collected, waited = self._rollouts(update, numbers)
         groups = collected.groups
         rollouts = collate(
@@ -217,6 +236,7 @@ class RLModule(pl.LightningModule):
             metrics = self.policy_update.take(rollouts, facts)
         else:
             self.skip("no reward is left")
+        facts |= self.health.finish(self.trainer, self)
         self.last_groups = groups
         self.updates_done = update + 1
         self._reset_reference()
@@ -261,6 +281,7 @@ class RLModule(pl.LightningModule):
                 dtype=getattr(torch, rollout.dtype),
                 max_rows=rollout.max_rows,
                 timeout=rollout.server_timeout,
+                retries=rollout.server_retries,
             )
         return TransformersEngine(
             self.policy,

@@ -86,7 +86,8 @@ class PolicyUpdate:
             metrics |= {prefix + name: value for name, value in found.items()}
             if not stepped:
                 break
-        metrics |= self._step_on_replayed(batch, outcome, int(facts["rollouts"]))
+        if stepped:  # a batch that is not healthy would come back
+            metrics |= self._step_on_replayed(batch, outcome, int(facts["rollouts"]))
         self._schedule(facts, metrics)
         return metrics
 
@@ -139,10 +140,7 @@ class PolicyUpdate:
             metrics = mean_over_ranks(self.shared_prefix.metrics())
         metrics |= mean_over_ranks(batch_metrics(done, prepared, config) if done else {})
         self._add_gradients_of_ranks()
-        stepped = self._step(optimizer, metrics)
-        if not stepped:
-            self.module.skip("the gradient is not finite")
-        return metrics, stepped
+        return metrics, self._step(optimizer, metrics)
 
     def _backward_of_part(self, prepared: Prepared, rows: Tensor, first: bool) -> Objective:
         """Statistics of some whole groups, their objective, and its backward pass."""
@@ -256,7 +254,7 @@ class PolicyUpdate:
         all_reduce_gradients(list(self.policy.parameters()), average=False)
 
     def _step(self, optimizer: Any, metrics: dict[str, float]) -> bool:
-        """Clips and steps; False, and no step, if the gradient is not finite."""
+        """Clips and steps; False if the module's watch finds that something is not healthy."""
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.parameters(), self.config.clip_norm or torch.inf
         )
@@ -264,10 +262,10 @@ class PolicyUpdate:
         metrics["grad_norm"] = float(norm)
         metrics["variance/signal"] = float(norm) ** 2
         metrics["lr"] = float(optimizer.param_groups[0]["lr"])
-        if not torch.isfinite(norm):
+        if not self.module.health.allows_step(metrics):
             return False
         optimizer.step()
-        return True
+        return self.module.health.check_state(self.policy.parameters(), optimizer.optimizer)
 
     def _schedule(self, facts: dict[str, float], metrics: dict[str, float]) -> None:
         schedule = self.module.lr_schedulers()

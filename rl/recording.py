@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import math
-import os
 import shutil
 import signal
 import sys
@@ -23,9 +24,12 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from .durable import append_text, check_whole, clear_unfinished, raise_on_all, replace_text
 from .loop import SHOWN, RLModule
 
 logger = logging.getLogger(__name__)
+
+_ROOM = 1 << 20  # free bytes with which TensorBoard tries again
 
 
 @contextmanager
@@ -45,29 +49,78 @@ def interrupts_deferred() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)  # whatever acts on it: a handler, or the system
 
 
+@functools.cache
+def _quieten_writer_thread() -> None:
+    """TensorBoard's thread hands its errors over to whoever writes next, and prints them, too."""
+    before = threading.excepthook
+
+    def unless_told(failed: Any) -> None:
+        told = type(failed.thread).__name__ == "_AsyncWriterThread"
+        if not (told and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = unless_told
+
+
 class TensorBoard(TensorBoardLogger):
-    """Lightning's, and Ctrl-C ends the run: within its writer's queue, it left the queue's lock
-    taken or its count wrong, and the writer's end waited for ever."""
+    """Lightning's, and neither Ctrl-C nor a full disk does harm.
+
+    Ctrl-C ends the run: within its writer's queue, it left the queue's lock taken or its count
+    wrong, and the writer's end waited for ever. A disk that is full costs the events of that time:
+    the run goes on, and so does TensorBoard, in a new file, once there is room again.
+    """
+
+    _complained = False
+    _failed = False  # since then no event was written
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _quieten_writer_thread()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with interrupts_deferred():
+        if self._failed and shutil.disk_usage(self.save_dir).free < _ROOM:
+            return
+        with interrupts_deferred(), self._costs_only_events():
             super().log_metrics(metrics, step)
+            self.experiment.flush()  # the writer would hold events back for two minutes
+            self._failed = False
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        with interrupts_deferred():
+        with interrupts_deferred(), self._costs_only_events():
             super().log_hyperparams(*args, **kwargs)
 
     @rank_zero_only
     def save(self) -> None:
-        with interrupts_deferred():
+        with interrupts_deferred(), self._costs_only_events():
             super().save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        with interrupts_deferred():
+        with interrupts_deferred(), self._costs_only_events():
             super().finalize(status)
+
+    @contextmanager
+    def _costs_only_events(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as raised:
+            # Lightning says ValueError of whatever the writer raised (2.6.6)
+            failed = raised if isinstance(raised, OSError) else raised.__cause__
+            if not isinstance(failed, OSError):
+                raise
+            broken, self._experiment, self._failed = self._experiment, None, True
+            with contextlib.suppress(OSError):
+                if broken is not None:
+                    broken.close()  # its thread has ended, and what it holds cannot be written
+            if not self._complained:
+                self._complained = True
+                logger.warning(
+                    "TensorBoard's events are lost while this lasts (said once; the run goes on, "
+                    "and metrics.jsonl has every update): %s",
+                    failed,
+                )
 
 
 class RunFolder:
@@ -144,11 +197,18 @@ class RunFolder:
         for path in sorted(self.checkpoints.glob("update=*.ckpt"), reverse=True):
             try:
                 torch.load(path, map_location="meta", weights_only=True)
+                check_whole(path)
             except Exception as broken:
                 logger.warning("%s cannot be read (%s); taking the one before it", path, broken)
             else:
                 return path
         return None
+
+    def clear_unfinished(self) -> None:
+        """Removes what killed writes have left."""
+        for folder in (self.path, self.checkpoints):
+            clear_unfinished(folder)
+        shutil.rmtree(_unfinished(self.policy), ignore_errors=True)
 
     def forget_after(self, updates: int) -> None:
         """Drops the metric and transcript lines of updates beyond a checkpoint."""
@@ -181,13 +241,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old or the new one, whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Fills a folder so that a crash leaves the old or the new one, whole.
@@ -198,11 +251,19 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Yields:
         The folder to fill.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _unfinished(path)
     shutil.rmtree(unfinished, ignore_errors=True)
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)  # it takes room that others may need
+        raise
     shutil.rmtree(path, ignore_errors=True)
     unfinished.rename(path)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.unfinished")
 
 
 class OnUpdate(Callback):
@@ -234,17 +295,23 @@ class MetricsWriter(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @rank_zero_only
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        values = {k: v if math.isfinite(v) else None for k, v in module.last_metrics.items()}
-        row = {"update": module.updates_done, **values}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        failed = None
+        try:
+            self._append(module)
+        except OSError as error:
+            failed = error
+        raise_on_all(failed)
         for log in trainer.loggers:
             log.log_metrics(module.last_metrics, step=module.updates_done)
-            log.experiment.flush()  # TensorBoard would hold events back for two minutes
+
+    @rank_zero_only
+    def _append(self, module: RLModule) -> None:
+        values = {k: v if math.isfinite(v) else None for k, v in module.last_metrics.items()}
+        row = {"update": module.updates_done, **values}
+        append_text(self.path, json.dumps(row) + "\n")
 
 
 class TranscriptWriter(Callback):
@@ -259,6 +326,7 @@ class TranscriptWriter(Callback):
 
     def __init__(self, path: Path, every: int, count: int, total: int) -> None:
         self.path, self.every, self.count, self.total = path, every, count, total
+        self._complained = False
 
     @rank_zero_only
     def on_train_batch_end(
@@ -282,8 +350,14 @@ class TranscriptWriter(Callback):
                     "finish_reason": group.samples[sample].finish_reason,
                 }
             )
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        try:
+            append_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as failed:
+            if not self._complained:
+                self._complained = True
+                logger.warning(
+                    "transcripts are lost while this lasts (said once; the run goes on): %s", failed
+                )
 
 
 def progress_display(label: str) -> Callback:

@@ -2,26 +2,28 @@
 
 A function that raises, hangs or kills its process loses that rollout only: its reward is None,
 which the loop counts, logs and excludes. This module imports neither torch nor the host libraries,
-so that a worker starts in a fraction of a second.
+so that a worker starts in a fraction of a second. What keeps the function in bounds is in
+`reward_process.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import inspect
 import logging
-import math
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from .reward_process import START_SECONDS, serve
+
 logger = logging.getLogger(__name__)
+
+_AHEAD = 16  # calls on their way
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -122,25 +124,34 @@ def _score_entries(
 
 
 class RewardWorker:
-    """Calls a reward function in one child process, rollout by rollout, each within a time limit.
+    """Calls a reward function in a child process, rollout by rollout, each within limits.
 
     Args:
         function: picklable; called with lists of length one:
             `function(prompts=[...], completions=[...], completion_ids=[...], **columns)`.
-        timeout: seconds one rollout may take before its worker is replaced, > 0.
+        timeout: seconds one rollout may take before its process is replaced, > 0.
+        memory_mb: MiB of memory that the function's process may allocate, with what its imports
+            take; None: any. An allocation beyond raises MemoryError there.
 
     Raises:
-        ValueError: timeout is not positive, or the function cannot be sent to another process.
+        ValueError: timeout or memory_mb is not positive, memory cannot be limited on this system,
+            or the function cannot be sent to another process.
     """
 
-    def __init__(self, function: RewardFunction, timeout: float = 10.0) -> None:
+    def __init__(
+        self, function: RewardFunction, timeout: float = 10.0, memory_mb: int | None = None
+    ) -> None:
         if not timeout > 0:
             raise ValueError(f"reward_timeout: expected seconds > 0, got {timeout}")
+        if memory_mb is not None and not memory_mb > 0:
+            raise ValueError(f"reward_memory_mb: expected MiB > 0 or null, got {memory_mb}")
+        if memory_mb is not None and sys.platform != "linux":
+            raise ValueError(f"reward_memory_mb: expected null on {sys.platform}, got {memory_mb}")
         try:
-            pickle.dumps(function)
+            self._pickled = pickle.dumps(function)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"reward: {function!r} cannot reach its process: {error}") from error
-        self.function, self.timeout = function, timeout
+        self.function, self.timeout, self.memory_mb = function, timeout, memory_mb
         # spawn: a fork would copy the trainer's threads and locks
         self._context = multiprocessing.get_context("spawn")
         self._process: Any = None
@@ -165,86 +176,82 @@ class RewardWorker:
         Returns:
             Scored: a finite float or None for each rollout, and how many failed and timed out.
         """
-        rewards: list[float | None] = []
-        errors = timeouts = 0
+        calls = []
         for prompt, text, ids, extra in zip(
             prompts, completions, completion_ids, columns, strict=True
         ):
             call = dict(prompts=[prompt], completions=[text], completion_ids=[list(ids)])
-            call.update({key: [value] for key, value in extra.items()})
-            kind, value = self._call(call)
-            errors += kind == "error"
-            timeouts += kind == "timeout"
+            calls.append(call | {key: [value] for key, value in extra.items()})
+        answers: list[tuple[str, Any]] = []
+        try:
+            while len(answers) < len(calls):
+                answers += self._answers(calls[len(answers) :])
+        except BaseException:
+            self.close()  # or the answers that are due would be taken for those of other calls
+            raise
+        for kind, value in answers:
             if kind in ("error", "timeout") and not self._complained:
                 self._complained = True
                 logger.warning("a reward is lost and its rollout excluded (said once): %s", value)
-            rewards.append(value if kind == "reward" else None)
-        return Scored(rewards, errors, timeouts)
+        rewards = [value if kind == "reward" else None for kind, value in answers]
+        kinds = [kind for kind, _ in answers]
+        return Scored(rewards, kinds.count("error"), kinds.count("timeout"))
 
     def close(self) -> None:
-        """Ends the child process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
+        """Ends the child process, and all that it has started."""
+        if self._process is None:
+            return
+        self._pipe.close()  # it ends when it sees that, after the processes below it
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+        self._process = None
 
-    def _call(self, call: dict[str, Any]) -> tuple[str, Any]:
+    def _answers(self, calls: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+        """(kind, value) of the calls; of the first ones only, if the supervisor dies."""
+        answers: list[tuple[str, Any]] = []
         if self._process is None:
             self._start()
+        sent = 0
         try:
-            self._pipe.send(call)
-            if self._pipe.poll(self.timeout):
-                return self._pipe.recv()
+            while len(answers) < len(calls):
+                # some ahead, so that the supervisor need not wait for this process
+                while sent < min(len(answers) + _AHEAD, len(calls)):
+                    self._pipe.send(calls[sent])
+                    sent += 1
+                # it keeps the time itself; this is for one that was stopped or killed
+                if not self._pipe.poll(self.timeout + START_SECONDS + 10):
+                    raise OSError("no answer")
+                kind, value = self._pipe.recv()
+                if kind == "failed":
+                    raise RuntimeError(f"the reward process {value}")
+                answers.append((kind, value))
         except (EOFError, OSError) as died:
+            with contextlib.suppress(EOFError, OSError):  # what it answered before
+                while len(answers) < sent and self._pipe.poll(0):
+                    answers.append(self._pipe.recv())
             self.close()
-            return "error", f"the reward process died ({died or 'EOF'})"
-        self.close()
-        return "timeout", f"no answer within {self.timeout:g} s"
+            answers.append(("error", f"the reward's supervisor died ({died or 'EOF'})"))
+        return answers
 
     def _start(self) -> None:
         self._pipe, theirs = self._context.Pipe()
         self._process = self._context.Process(
-            target=_serve, args=(self.function, theirs), name="trimtab-reward", daemon=True
+            target=serve,
+            args=(self._pickled, self.timeout, self.memory_mb, theirs),
+            name="trimtab-reward",
+            daemon=True,
         )
         self._process.start()
         theirs.close()
-        if not self._pipe.poll(60):  # importing the user's module is not the first rollout's fault
+        # importing the user's module is not the first rollout's fault
+        if not self._pipe.poll(2 * START_SECONDS):
             self.close()
-            raise RuntimeError("the reward process did not start within 60 s")
+            raise RuntimeError(f"the reward process did not start within {2 * START_SECONDS} s")
         try:
-            self._pipe.recv()
+            kind, why = self._pipe.recv()
         except EOFError:
+            kind, why = "failed", "died as it started; why, it has printed"
+        if kind == "failed":
             self.close()
-            raise RuntimeError(
-                "the reward process died as it started; why, it has printed"
-            ) from None
-
-
-def _serve(function: RewardFunction, pipe: Any) -> None:
-    # Ctrl-C is for the trainer, which ends this process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe.send("ready")
-    while True:
-        try:
-            call = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = function(**call)
-            if inspect.isawaitable(result):
-                raise TypeError("asynchronous reward functions are not supported")
-            if isinstance(result, str | bytes) or not isinstance(result, Iterable):
-                raise TypeError(f"expected a list of one number or None, got {result!r:.60}")
-            (reward,) = result
-            if reward is None:
-                answer = ("none", None)
-            elif math.isfinite(value := float(reward)):
-                answer = ("reward", value)
-            else:
-                answer = ("error", f"the reward is {reward}")
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{where.filename}:{where.lineno}"
-            answer = ("error", f"{place}: {type(error).__name__}: {str(error)[:500]}")
-        pipe.send(answer)
+            raise RuntimeError(f"the reward process {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -22,7 +23,9 @@ from transformers import logging as transformers_logging
 from .config import PolicyConfig, RLConfig
 from .dashboard import run_display
 from .data import ProblemData
+from .durable import DurableCheckpointIO, is_disk_error, raise_on_all, replace_text, sync
 from .evaluation import evaluate
+from .health import Stopped
 from .html_report import write_html_report
 from .loop import RLModule
 from .machine import environment, fastest_threads
@@ -35,10 +38,10 @@ from .recording import (
     TranscriptWriter,
     progress_display,
     read_rows,
-    replace_text,
     replaced_folder,
 )
 from .report import draw_report, print_table
+from .server_client import ServerFailed
 from .server_engine import check_servers
 from .sharding import full_parameters, stored_buffers
 from .tasks import Task
@@ -128,7 +131,33 @@ class Run:
             check_checkpoint(self.checkpoint, self.module)
 
     def train(self) -> None:
-        """Trains to the end, and leaves the report."""
+        """Trains to the end, and leaves the report.
+
+        Raises:
+            SystemExit: 3 where it stopped early and a resume goes on, after a line that says why:
+                a disk error, an engine that is gone, an update that is not healthy; 130 after
+                Ctrl-C.
+        """
+        try:
+            self._train()
+        except (OSError, ServerFailed, Stopped) as why:
+            ours = isinstance(why, Stopped | ServerFailed | ConnectionError)
+            if not ours and not is_disk_error(why):
+                raise
+            if rank_zero_only.rank == 0:
+                last = self.folder.newest_checkpoint()
+                text = getattr(why, "strerror", None) or why  # without its number
+                where = getattr(why, "filename", None)
+                print(
+                    f"trimtab-rl: stopped: {text}{f': {where}' if where else ''}\nnothing before "
+                    f"{'the first update' if last is None else last.stem} is lost: "
+                    f"trimtab-rl --resume {self.folder.path} goes on from there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            raise SystemExit(3) from None
+
+    def _train(self) -> None:
         config, folder = self.config, self.folder
         if self.complete:
             print(f"{folder.path} is complete: {self.updates_done} updates. --updates raises them.")
@@ -139,6 +168,7 @@ class Run:
             elif self.resuming:
                 print(f"{folder.path} has no whole checkpoint: from its beginning", flush=True)
             folder.path.mkdir(parents=True, exist_ok=True)
+            folder.clear_unfinished()
             if not self.resuming:
                 print(f"run folder: {folder.path}", flush=True)
                 replace_text(folder.environment, json.dumps(environment(), indent=1))
@@ -174,8 +204,11 @@ class Run:
             raise ValueError(
                 f"trainer.accelerator: expected cpu, got {asked!r}: no usable CUDA device here"
             )
+        durable = DurableCheckpointIO()
+        plugins = options.pop("plugins", None) or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
         self.checkpoints = CheckpointWriter(
-            folder, record.checkpoint_every, record.keep_checkpoints
+            folder, record.checkpoint_every, record.keep_checkpoints, durable
         )
         extra = options.pop("callbacks", None) or []
         shown = options.pop("enable_progress_bar", None) is not False
@@ -206,6 +239,7 @@ class Run:
                 enable_model_summary=False,
                 enable_progress_bar=False,  # Lightning's own, beside ours
                 use_distributed_sampler=False,
+                plugins=[*plugins, durable],
                 **{name: value for name, value in options.items() if value is not None},
             )
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as refused:
@@ -221,6 +255,7 @@ class Run:
             part: sum(row.get(f"time/{part}", 0.0) for row in rows)
             for part in ("rollout", "reward", "update")
         }
+        summary["health"] = module.health.summary()
         draw_report(folder.metrics, folder.report)
         if module.updates_done < self.config.updates:
             self._write_page()
@@ -248,33 +283,62 @@ class CheckpointWriter(Checkpoint):
     """Writes a checkpoint every few updates and keeps the newest.
 
     By updates, not by optimizer steps as ModelCheckpoint counts: an update may take several steps,
-    or skip one. A `Checkpoint`, because Lightning calls those after all other callbacks.
+    or skip one. A `Checkpoint`, because Lightning calls those after all other callbacks. Every one
+    is healthy: after a step that ruins a weight or the optimizer's state the run goes back, or
+    stops, before this is called.
 
     Args:
         folder: of the run.
         every: updates between checkpoints.
         keep: newest checkpoints kept.
+        durable: writes them.
     """
 
-    def __init__(self, folder: RunFolder, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(
+        self, folder: RunFolder, every: int, keep: int, durable: DurableCheckpointIO
+    ) -> None:
+        self.folder, self.every, self.keep, self.durable = folder, every, keep, durable
         self.saved = -1
+
+    def setup(self, trainer: pl.Trainer, module: RLModule, stage: str) -> None:
+        module.health.checkpoint_before = self.regular
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: RLModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if module.updates_done % self.every == 0:
+        # after going back, the weights are those of a checkpoint that exists
+        if module.updates_done % self.every == 0 and not module.health.went_back:
             self.save(trainer, module)
 
+    def regular(self, updates: int, back: int) -> Path | None:
+        """The `back`-th newest checkpoint of up to so many updates, else the oldest, else None.
+
+        Only those that any run of this configuration has, not one that was written because a run
+        was stopped: going back must not depend on interruptions.
+        """
+        found = [path for path in self._regular() if path <= self.folder.checkpoint(updates)]
+        return found[-min(back, len(found))] if found else None
+
     def save(self, trainer: pl.Trainer, module: RLModule) -> None:
-        """Writes the checkpoint of this update, unless it is written; every process must call."""
+        """Writes the checkpoint of this update, unless it is written; every process must call.
+
+        Raises:
+            OSError: it could not be written; the ones before it are still there.
+        """
         if self.saved == module.updates_done:
             return
+        sync(self.folder.metrics)  # a checkpoint must not outlive the lines of its updates
         trainer.save_checkpoint(self.folder.checkpoint(module.updates_done))
+        self.durable.raise_together()
         self.saved = module.updates_done
         if rank_zero_only.rank == 0:
-            for old in sorted(self.folder.checkpoints.glob("update=*.ckpt"))[: -self.keep]:
+            kept = {self.folder.checkpoint(module.updates_done), *self._regular()[-self.keep :]}
+            for old in set(self.folder.checkpoints.glob("update=*.ckpt")) - kept:
                 old.unlink()
+
+    def _regular(self) -> list[Path]:
+        paths = sorted(self.folder.checkpoints.glob("update=*.ckpt"))
+        return [path for path in paths if int(path.stem.partition("=")[2]) % self.every == 0]
 
 
 class HeldOutEvaluation(Callback):
@@ -304,10 +368,15 @@ class HeldOutEvaluation(Callback):
             print(f"evaluating {problems} held-out problems ({when})", flush=True)
         result = evaluate(module, module.engine, module.updates_done).as_dict()
         result["seconds"] = time.time() - started
+        failed = None
         if rank_zero_only.rank == 0:
             path = self.folder.summary
             summary = json.loads(path.read_text()) if path.is_file() else {}
-            replace_text(path, json.dumps(summary | {when: result}, indent=1))
+            try:
+                replace_text(path, json.dumps(summary | {when: result}, indent=1))
+            except OSError as error:
+                failed = error
+        raise_on_all(failed)
 
 
 def refuse_tokenizer(tokenizer: Any, policy: PreTrainedModel, config: RLConfig) -> None:

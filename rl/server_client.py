@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 _BUSY = (429, 503)
 
 
+class ServerFailed(ValueError):
+    """A server that is busy, not well, or has other weights; asked again later it may do."""
+
+
 class Server:
     """A client of one server; connects directly, whatever proxies the environment names.
 
@@ -39,23 +43,27 @@ class Server:
         secure = parts.scheme == "https"
         self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
-    def call(self, path: str, body: Any = None, *, missing_ok: bool = False) -> Any:
+    def call(
+        self, path: str, body: Any = None, *, missing_ok: bool = False, once: bool = False
+    ) -> Any:
         """The server's answer; asked once more, after a second, if it is busy or was cut off.
 
         Args:
             path: of the endpoint.
             body: posted as JSON; None gets.
             missing_ok: None instead of an error if there is no such endpoint.
+            once: not asked once more.
 
         Returns:
             The answer's JSON object, {} for an empty one.
 
         Raises:
             ConnectionError: no connection, or no whole answer in time.
+            ServerFailed: HTTP 429 or 500 and above.
             ValueError: the server refuses, or its answer is no JSON object.
         """
         where = f"{self.url}{path}"
-        for last in (False, True):
+        for last in (True,) if once else (False, True):
             try:
                 status, text = self._exchange(path, body)
             except TimeoutError as error:  # not asked again: it would only be longer
@@ -73,7 +81,8 @@ class Server:
         if status == 404 and missing_ok:
             return None
         if status != 200:
-            raise ValueError(f"{where}: expected HTTP 200, got {status}: {text[:500]}")
+            kind = ServerFailed if status >= 500 or status in _BUSY else ValueError
+            raise kind(f"{where}: expected HTTP 200, got {status}: {text[:500]}")
         try:
             answer = json.loads(text or "{}")
         except ValueError as error:

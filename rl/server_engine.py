@@ -6,8 +6,12 @@
 A client of HTTP: prompts go out as token ids, and token ids come back with the log-probs of the
 distribution that they were sampled from. New weights go through a folder that trainer and servers
 see under the same path: the first process writes a checkpoint, every server is paused, reads it and
-goes on. Each update's weights have a name of their own, which every answer is checked against, so a
-server that was restarted, or that another trainer has taken, ends the run instead of spoiling it.
+goes on. Each update's weights have a name of their own, which every answer is checked against: what
+a server sampled with others is thrown away. One that was restarted is sent the weights again; one
+that another trainer has taken ends the run instead of spoiling it.
+
+A server that goes away costs its requests in flight, which the others take over; the last one is
+waited for.
 
 Of vLLM (0.32.0, run here on a CPU): /pause, /resume, /collective_rpc, /weight_info and
 /update_weight_version exist in dev mode only. A pause drops the prefix cache, whose keys and values
@@ -23,6 +27,7 @@ import math
 import re
 import shutil
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -37,13 +42,16 @@ from transformers import PreTrainedModel
 
 from .ranks import world_size
 from .rollout import Capabilities, FinishReason, Request, Sample, Sampling
-from .server_client import Server
+from .server_client import Server, ServerFailed
 from .sharding import stored_buffers
 
 logger = logging.getLogger(__name__)
 
 _SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 _LEAST_TEMPERATURE = 0.01  # of vLLM, which raises smaller ones to it
+_NAME = r"\d+-[0-9a-f]{12}"  # of weights that a trainer has sent
+_LOOK_SECONDS = 5.0  # for a server that was away to say that it is back
+_AWAY = (ConnectionError, ServerFailed)
 _T = TypeVar("_T")
 
 
@@ -56,7 +64,10 @@ class VLLMServerEngine:
         folder: of the weights on their way; every server must see it under this path.
         dtype: of the weights that are written; what a server computes in is its own `--dtype`.
         max_rows: most rollouts of this process in flight at a time, >= 1.
-        timeout: seconds for the answer to one request, or for one step of a reload, > 0.
+        timeout: seconds for the answer to one request, for one step of a reload, or for the return
+            of the last server, > 0.
+        retries: times that a request is asked again after a server has failed; 0: none, and each
+            failure is raised.
 
     Raises:
         ConnectionError: a server does not answer; names it.
@@ -74,15 +85,21 @@ class VLLMServerEngine:
         dtype: torch.dtype = torch.bfloat16,
         max_rows: int = 512,
         timeout: float = 600.0,
+        retries: int = 0,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows: expected a count >= 1, got {max_rows}")
+        if retries < 0:
+            raise ValueError(f"server_retries: expected a count >= 0, got {retries}")
         self.model, self.folder, self.dtype = model, Path(folder).absolute(), dtype
         self.max_rows, self.version = max_rows, 0
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.rank = dist.get_rank() if world_size() > 1 else 0
         self.servers = check_servers(servers, model, timeout, layers=self.rank == 0)
+        self.timeout, self.retries = timeout, retries
+        self._away: dict[Server, Exception] = {}  # and why
         self._name = ""  # of the weights that the servers have
+        self._names: set[str] = set()  # all that this trainer has given
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Gives every server new weights; all processes must call, and return together.
@@ -93,7 +110,8 @@ class VLLMServerEngine:
             version: number the following samples carry.
 
         Raises:
-            ConnectionError, ValueError: a server did not take them; on every process.
+            ConnectionError, ValueError: without retries, a server did not take them; with them, no
+                server did in `timeout`; on every process.
         """
         if world_size() > 1:
             dist.barrier()  # one that still samples would have a share of other weights
@@ -108,6 +126,7 @@ class VLLMServerEngine:
         if world_size() > 1:
             dist.broadcast_object_list(outcome, src=0)
         failed, self._name = outcome
+        self._names.add(self._name)
         if failed is not None:
             raise failed
         self.version = version
@@ -122,22 +141,33 @@ class VLLMServerEngine:
             For each request its `n` samples.
 
         Raises:
-            ConnectionError: a server does not answer.
-            ValueError: it refuses a request, its answer is none, or its weights are not those of
-                the last `update_weights`; or a request that no server can take.
+            ConnectionError, ServerFailed: a server has failed, and so did the retries.
+            ValueError: it refuses a request, its answer is none, or another trainer has given it
+                weights; or a request that no server can take.
         """
         requests = list(requests)
         for i, request in enumerate(requests):
             _check_request(f"requests[{i}]", request)
         if not requests:
             return []
-        # a process with few prompts must not leave all of them to the first server
-        dealt = [self.servers[(self.rank + i) % len(self.servers)] for i in range(len(requests))]
         at_once = max(1, self.max_rows // max(request.sampling.n for request in requests))
-        jobs = zip(dealt, requests, strict=True)
-        groups = _by_threads(self._complete, jobs, min(at_once, len(requests)))
-        for server in dict.fromkeys(dealt):
-            self._check_name(server)
+        groups: list[list[Sample] | None] = [None] * len(requests)
+        for retries in range(self.retries, -1, -1):
+            todo = [i for i, group in enumerate(groups) if group is None]
+            ready = self._ready()
+            # a process with few prompts must not leave all of them to the first server
+            dealt = [ready[(self.rank + n) % len(ready)] for n in range(len(todo))]
+            call = self._complete if not retries else self._complete_or_note
+            jobs = [(server, requests[i]) for server, i in zip(dealt, todo, strict=True)]
+            found = _by_threads(call, jobs, min(at_once, len(todo)))
+            for server in dict.fromkeys(dealt):
+                if server not in self._away:
+                    self._look(server, raises=not retries)
+            for i, server, group in zip(todo, dealt, found, strict=True):
+                if server not in self._away:  # what it sampled with other weights is none
+                    groups[i] = group
+            if None not in groups:
+                break
         return groups
 
     def close(self) -> None:
@@ -149,10 +179,28 @@ class VLLMServerEngine:
         """[error or None, name of the new weights]; the first process only."""
         name = f"{version}-{uuid.uuid4().hex[:12]}"
         path = self.folder / name  # a new one each time: no cache of a network folder is stale
+
+        def give(server: Server) -> None:
+            try:
+                if server in self._away:
+                    Server(server.url, min(_LOOK_SECONDS, self.timeout)).call(
+                        "/weight_info", once=True
+                    )
+                _reload(server, path, name)
+            except _AWAY as error:
+                # the first weights of a run must reach all: what is wrong then will stay so
+                if not self.retries or not self._names:
+                    raise
+                self._note(server, error)
+            else:
+                self._away.pop(server, None)
+
         try:
             self.model.save_pretrained(path, state_dict=weights)
             with ThreadPoolExecutor(len(self.servers)) as pool:  # until the last one is done
-                list(pool.map(lambda server: _reload(server, path, name), self.servers))
+                list(pool.map(give, self.servers))
+            self._name = name
+            self._ready()
         except (OSError, ValueError) as error:
             return [error, name]  # whatever the servers have now, it is not that
         finally:
@@ -161,17 +209,78 @@ class VLLMServerEngine:
                     shutil.rmtree(old, ignore_errors=True)
         return [None, name]
 
+    def _ready(self) -> list[Server]:
+        """The servers with the last weights, at least one; those that are back are sent them again.
+
+        Raises:
+            ConnectionError, ServerFailed: none is back in `timeout`.
+        """
+        deadline = time.monotonic() + self.timeout
+        while True:
+            for server in list(self._away):
+                self._bring_back(server)
+            ready = [server for server in self.servers if server not in self._away]
+            if ready:
+                return ready
+            if time.monotonic() > deadline:
+                raise next(iter(self._away.values()))
+            time.sleep(1.0)
+
+    def _bring_back(self, server: Server) -> None:
+        """Sends the weights again to a server that answers; one that does not stays away."""
+        look = Server(server.url, min(_LOOK_SECONDS, self.timeout))
+        try:
+            found = look.call("/weight_info", once=True).get("weight_version")
+            if self._name and found != self._name:
+                self._refuse_taken(server, found)
+                _reload(server, self.folder / self._name, self._name)
+        except _AWAY as error:
+            self._away[server] = error
+            return
+        del self._away[server]
+        logger.warning("%s is back, with the last weights", server.url)
+
+    def _note(self, server: Server, error: Exception) -> None:
+        """Once for each time that it goes away."""
+        if self._away.setdefault(server, error) is error:  # not by two threads
+            logger.warning("%s; the server is left out until it is back", error)
+        self._away[server] = error
+
+    def _complete_or_note(self, server: Server, request: Request) -> list[Sample] | None:
+        if server in self._away:
+            return None
+        try:
+            return self._complete(server, request)
+        except _AWAY as error:
+            self._note(server, error)
+            return None
+
     def _complete(self, server: Server, request: Request) -> list[Sample]:
         answer = server.call("/v1/completions", _body(request.prompt_ids, request.sampling))
         return _samples(server, answer, request, self.vocabulary, self.version)
 
-    def _check_name(self, server: Server) -> None:
-        found = server.call("/weight_info").get("weight_version")
-        if self._name and found != self._name:
-            raise ValueError(
-                f"{server.url}: expected the weights {self._name!r} of this trainer, found "
-                f"{found!r}: it was restarted, or another trainer uses it; --resume goes on"
-            )
+    def _look(self, server: Server, *, raises: bool) -> None:
+        """Whether it still has the last weights, now that it has answered."""
+        try:
+            found = server.call("/weight_info").get("weight_version")
+            if self._name and found != self._name:
+                self._refuse_taken(server, found)
+                raise ServerFailed(self._other(server, found))
+        except _AWAY as error:
+            if raises:
+                raise
+            self._note(server, error)
+
+    def _refuse_taken(self, server: Server, found: Any) -> None:
+        """To send ours again to a server that another trainer uses would spoil both runs."""
+        if re.fullmatch(_NAME, str(found)) and found not in self._names:
+            raise ValueError(self._other(server, found))
+
+    def _other(self, server: Server, found: Any) -> str:
+        return (
+            f"{server.url}: expected the weights {self._name!r} of this trainer, found "
+            f"{found!r}: it was restarted, or another trainer uses it"
+        )
 
 
 def check_servers(

@@ -7,14 +7,16 @@ of it, replies included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from .rollout import FinishReason, Request, RolloutEngine, Sample
+from .rollout import FinishReason, Request, Sample
 from .seeds import stable_seed
 from .tools import ToolRunner, ToolUse
+
+Generate = Callable[[Sequence[Request]], list[list[Sample]]]
 
 
 @dataclass
@@ -33,7 +35,7 @@ class _Rollout:
 
 
 class ToolTurns:
-    """Generates with an engine, and runs the tool whenever a rollout calls it.
+    """Lets the policy write, and runs the tool whenever a rollout calls it.
 
     Args:
         use: how calls are written, and their budgets.
@@ -51,17 +53,17 @@ class ToolTurns:
         self.end_id = int(end[0])
         self.runner = ToolRunner(use)
 
-    def generate(self, engine: RolloutEngine, requests: Sequence[Request]) -> list[list[Sample]]:
+    def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
         """Samples of each request, in order.
 
         Args:
-            engine: makes the policy's turns.
+            policy: makes the policy's turns: `generate` of a rollout engine.
             requests: of the first turn; their stop tokens end a rollout.
 
         Returns:
             For each request its `n` samples; those with a reply have a `mask`.
         """
-        found = engine.generate([self._with_end(request) for request in requests])
+        found = policy([self._with_end(request) for request in requests])
         groups = [
             [
                 _Rollout(request, place, [], [], [], [], sample.version)
@@ -86,7 +88,7 @@ class ToolTurns:
             ]
             if not going_on:
                 break
-            found = engine.generate([self._next_turn(rollout) for rollout in going_on])
+            found = policy([self._next_turn(rollout) for rollout in going_on])
             turn = [(r, sample) for r, [sample] in zip(going_on, found, strict=True)]
         return [[_sample(rollout) for rollout in rollouts] for rollouts in groups]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,6 +38,7 @@ class CompletionServer:
         self.asked: list[str] = []  # endpoints
         self.failures: list[str] = []  # of the next completions, one each
         self.hung = threading.Event()  # ends the failure "hang"
+        self.dies: Callable[[], object] = lambda: None  # of the failure "dies"
         self.url, self.room = "", 64  # tokens of a prompt and its answer
         self.checks = True  # it can hash its weights
         self._one_at_a_time = threading.Lock()
@@ -105,8 +106,8 @@ class CompletionServer:
 
 
 @contextmanager
-def serving(server: CompletionServer) -> Iterator[CompletionServer]:
-    """Answers at `server.url` until the block ends."""
+def serving(server: CompletionServer, port: int = 0) -> Iterator[CompletionServer]:
+    """Answers at `server.url` until the block ends; at a free port, or at this one again."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -120,6 +121,11 @@ def serving(server: CompletionServer) -> Iterator[CompletionServer]:
             failure = server.failures.pop(0) if completion and server.failures else ""
             if failure == "cut":
                 return self.connection.close()
+            if failure == "dies":
+                server.dies()
+                return self.connection.close()
+            if failure == "restarts":
+                server.dies()
             if failure == "hang":
                 server.hung.wait(20)
             if failure.isdigit():
@@ -176,7 +182,7 @@ def serving(server: CompletionServer) -> Iterator[CompletionServer]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as http:
         server.url = f"http://127.0.0.1:{http.server_port}"
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()

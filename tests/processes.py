@@ -14,15 +14,19 @@ import torch
 from torch.multiprocessing import start_processes
 
 _IMPORTED = [
+    "jsonargparse",
+    "matplotlib.backends.backend_agg",
     "megatron.core.models.gpt",
     "pytorch_lightning",
+    "rich.progress",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint.state_dict",
+    "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
     "trimtab.optim",
     "trimtab.rl.cli",
-    "trimtab.rl.loop",
+    "trimtab.rl.run",
     "trimtab.stability",
 ]
 

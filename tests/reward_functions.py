@@ -1,9 +1,14 @@
 """Reward functions for the tests: importable by name, here and in a reward process."""
 
+import ctypes
+import itertools
 import json
 import os
+import signal
 import sys
 import time
+
+_kept = []
 
 
 def length(prompts, completions, completion_ids, **columns):
@@ -33,6 +38,51 @@ def obey(prompts, completions, completion_ids, **columns):
         sys.exit(3)
     if order == "print":
         print("x" * 3_000_000, flush=True)
+    if order == "print to both":
+        for _ in range(3_000):
+            os.write(1, b"o" * 1000)
+            os.write(2, b"e" * 1000)
+    if order == "segfault":
+        ctypes.string_at(0)
+    if order == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "kill the supervisor":
+        os.kill(os.getppid(), signal.SIGKILL)
+    if order == "interrupt":
+        raise KeyboardInterrupt
+    if order == "ignore and hang":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(60)
+    if order == "spin":
+        while True:
+            pass
+    if order == "closed output":
+        os.close(1)
+        os.close(2)
+    if order == "allocate":
+        _kept.append(bytearray(400 << 20))
+    if order == "no memory":
+        raise MemoryError
+    if order.startswith("fork"):  # "fork, exit NAME": children note their ids, and live on
+        _, then, folder = order.split(" ")
+        for name in ("child", "session"):
+            if os.fork() == 0:
+                if name == "session":
+                    os.setsid()
+                    if os.fork():
+                        os._exit(0)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write(str(os.getpid()))
+                while True:
+                    time.sleep(60)
+        while not all(_written(os.path.join(folder, name)) for name in ("child", "session")):
+            time.sleep(0.005)
+        if then == "exit":
+            os._exit(3)
+        if then == "hang":
+            time.sleep(60)
     results = {
         "none": [None],
         "nan": [float("nan")],
@@ -40,8 +90,20 @@ def obey(prompts, completions, completion_ids, **columns):
         "short": [],
         "number": 1.0,
     }
+    if order == "garbage":
+        return [1.0] * 13_000_000
+    if order == "long text":
+        return "1" * 100_000_000
+    if order == "long number":
+        return ["1" * 100_000_000]
+    if order == "endless":
+        return itertools.count()
     results |= {"text": ["high"], "infinite": [float("inf")], "pid": [float(os.getpid())]}
     return results.get(order, [1.0])
+
+
+def _written(path):
+    return os.path.exists(path) and os.path.getsize(path) > 0
 
 
 async def asynchronous(prompts, completions, completion_ids, **columns):

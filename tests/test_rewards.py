@@ -1,6 +1,8 @@
 import os
 import pickle
+import subprocess
 import sys
+import time
 
 import pytest
 import reward_functions
@@ -60,13 +62,122 @@ def test_order_is_kept_and_arguments_arrive():
         ("text", 1, 0),
         ("exit", 1, 0),
         ("sys.exit", 1, 0),
+        ("segfault", 1, 0),
+        ("kill", 1, 0),
+        ("kill the supervisor", 1, 0),
+        ("interrupt", 1, 0),
+        ("no memory", 1, 0),
+        ("garbage", 1, 0),
+        ("long text", 1, 0),
+        ("long number", 1, 0),  # infinite
+        ("endless", 1, 0),
+        ("ignore and hang", 0, 1),
+        ("spin", 0, 1),
+        ("print to both", 0, None),
+        ("closed output", 0, None),
         ("hang", 0, 1),
         ("none", 0, 0),  # the function itself excludes the rollout: no error
     ],
 )
 def test_a_bad_answer_costs_one_rollout(obeying, order, errors, timeouts):
     scored = score(obeying, ["score", order, "score", "score"])
-    assert scored == ([1.0, None, 1.0, 1.0], errors, timeouts)
+    if timeouts is None:  # it does no harm at all
+        assert scored == ([1.0, 1.0, 1.0, 1.0], 0, 0)
+    else:
+        assert scored == ([1.0, None, 1.0, 1.0], errors, timeouts)
+
+
+@pytest.mark.parametrize(
+    ("order", "why"),
+    [
+        ("exit", "died (exit code 3)"),
+        ("sys.exit", "died (exit code 3)"),
+        ("segfault", "died (SIGSEGV)"),
+        ("kill", "died (SIGKILL)"),
+        ("kill the supervisor", "supervisor died"),
+        ("garbage", "too many values"),
+        ("long text", "expected a list of one number or None, got '1111"),
+        ("no memory", "MemoryError"),
+    ],
+)
+def test_the_log_says_how_it_was_lost(obeying, caplog, order, why):
+    score(obeying, [order])
+    (record,) = caplog.records
+    assert why in record.getMessage() and len(record.getMessage()) < 1000
+
+
+def test_of_a_flood_a_little_reaches_the_terminal_once(obeying, capfd):
+    score(obeying, ["print", "exit", "print to both", "raise", "print"])
+    shown = capfd.readouterr()
+    assert 1000 < len(shown.err) < 20_000 and shown.out == ""
+    assert shown.err.count("prints more; the rest is dropped") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the orphans")
+@pytest.mark.parametrize("then", ["exit", "hang", "go-on"])
+def test_what_a_worker_has_started_ends_with_it(obeying, tmp_path, then):
+    """A child, which holds the worker's pipes, and one with a session of its own."""
+    scored = score(obeying, ["score", f"fork {then} {tmp_path}"])
+    assert (
+        scored
+        == {
+            "exit": ([1.0, None], 1, 0),
+            "hang": ([1.0, None], 0, 1),
+            "go-on": ([1.0, 1.0], 0, 0),
+        }[then]
+    )
+    pids = [(tmp_path / name).read_text() for name in ("child", "session")]
+    assert [alive(pid) for pid in pids] == [then == "go-on"] * 2
+    obeying.close()
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the orphans")
+def test_a_killed_trainer_leaves_no_process(tmp_path):
+    """Also none of a reward function that hangs."""
+    program = (
+        "import reward_functions, sys\n"
+        "from trimtab.rl import RewardWorker\n"
+        "if __name__ == '__main__':\n"
+        "    worker = RewardWorker(reward_functions.obey, timeout=60)\n"
+        f"    worker.score(['p'], ['fork hang {tmp_path}'], [[1]], [{{}}])\n"
+    )
+    (tmp_path / "trainer.py").write_text(program)
+    paths = os.pathsep.join([os.path.dirname(reward_functions.__file__), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "trainer.py"], env=os.environ | {"PYTHONPATH": paths}
+    )
+    notes = [tmp_path / name for name in ("child", "session")]
+    while not all(note.exists() and note.read_text() for note in notes):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while any(alive(note.read_text()) for note in notes):  # a hang is the failure
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux limits it")
+def test_memory_is_limited_and_a_leak_costs_one_rollout():
+    worker = RewardWorker(reward_functions.obey, memory_mb=1000)
+    scored = score(worker, ["pid", "allocate", "allocate", "allocate", "score", "pid"])
+    assert scored.rewards[1:5] == [1.0, 1.0, None, 1.0] and scored.errors == 1
+    assert scored.rewards[0] != scored.rewards[5]  # what it held went with its process
+    worker.close()
+    for wrong in (0, -5):
+        with pytest.raises(ValueError, match="reward_memory_mb: expected MiB > 0 or null"):
+            RewardWorker(reward_functions.obey, memory_mb=wrong)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
+    (tmp_path / "vanishing_rewards.py").write_text("def one(**_):\n    return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    worker = RewardWorker(import_function("vanishing_rewards:one"))
+    (tmp_path / "vanishing_rewards.py").write_text("raise RuntimeError('gone')")
+    with pytest.raises(RuntimeError, match=r"did not start: .*vanishing_rewards.py:1.*gone"):
+        worker.score(["p"], ["a"], [[1]], [{}])
+    assert worker._process is None
 
 
 def test_counts_add_up_and_the_log_says_it_once(obeying, caplog, capfd):
@@ -168,8 +279,15 @@ def test_thresholds():
 
 
 # Edits to rl/rewards.py that must turn this file red:
-#   self._process.kill() in close                                  ->  removed   (hangs on join)
 #   repr(params), params in reasoning_gym_reward                   ->  hash of the params' items
 #   math.isfinite(value := float(reward))                          ->  True
 #   self.close() in the branch of `died`                           ->  removed
 #   if kind in ("error", "timeout") and not self._complained       ->  without the flag
+# Edits to rl/reward_process.py:
+#   without _prctl(_SET_CHILD_SUBREAPER, 1)
+#   wait: without `if self.death in ready`
+#   wait: without `if self.pipe.fileno() in ready`                 (hangs)
+#   start: without `if self.output in ready: self.swallow()`       (a flood is a timeout)
+#   answer: without `if kind == "out of memory"`
+#   start: self.room = _PRINTED, so that each worker prints anew
+#   _work: without setrlimit

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import multiprocessing
+import re
 import socket
 import threading
 
@@ -269,7 +270,7 @@ def test_the_loop_on_servers_is_the_loop_in_process(tmp_path, capsys, monkeypatc
         assert not (tmp_path / "refused").exists()
 
 
-def test_a_run_whose_server_dies_leaves_nothing_behind_and_goes_on_with_another(tmp_path):
+def test_a_run_whose_server_dies_leaves_nothing_behind_and_goes_on_with_another(tmp_path, capsys):
     changes = {"updates": 2, "evaluation.problems": 0, "record.checkpoint_every": 1}
     recipe = write_recipe(tmp_path, changes | {"rollout.dtype": "float32"})
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny-policy")
@@ -277,8 +278,10 @@ def test_a_run_whose_server_dies_leaves_nothing_behind_and_goes_on_with_another(
     dying.failures = [""] * 6 + ["500"]  # two probes, four prompts, and the first of an update
     with serving(dying), serving(other):
         servers = [f"--rollout.servers=[{server.url}]" for server in (dying, other)]
-        with pytest.raises(ValueError, match=f"{dying.url}.*got 500"):
-            run_here(["--config", recipe, "--run_dir", "run", servers[0]], tmp_path)
+        once = "--rollout.server_retries=0"
+        with pytest.raises(SystemExit, match="3"):
+            run_here(["--config", recipe, "--run_dir", "run", once, servers[0]], tmp_path)
+        assert re.search(f"stopped: {dying.url}.*got 500", capsys.readouterr().err)
         assert not (tmp_path / "run/rollout-weights").exists()
         assert not [p for p in multiprocessing.active_children() if p.name == "trimtab-reward"]
         run_here(["--resume", "run", servers[1]], tmp_path)

@@ -103,7 +103,7 @@ def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
         node = recipe
         *parents, leaf = key.split(".")
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[leaf] = value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -279,3 +279,96 @@ def gradients_of(run_folder, update):
     """Gradients of one update, one per rank."""
     paths = sorted((run_folder / "gradients").glob(f"{update}-*.pt"))
     return [torch.load(path, weights_only=True) for path in paths]
+
+
+# survival.py, test_health.py
+
+
+class PoisonSomeGradients(pl.Callback):
+    """A NaN in the gradient of some updates, by their number only.
+
+    Args:
+        updates: numbers, from 0.
+    """
+
+    def __init__(self, updates: list[int] | None = None) -> None:
+        self.updates = [4, 5, 9] if updates is None else updates
+
+    def on_after_backward(self, trainer, module):
+        if module.updates_done in self.updates:
+            next(module.policy.parameters()).grad.view(-1)[0] = float("nan")
+
+
+class PoisonSomeSteps(PoisonSomeGradients):
+    """A NaN in a weight after the steps of some updates.
+
+    Args:
+        updates: numbers, from 0.
+    """
+
+    def on_after_backward(self, trainer, module):
+        pass
+
+    def on_train_start(self, trainer, module):
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_post_hook(lambda *_: self.poison(module))
+
+    def poison(self, module):
+        if module.updates_done in self.updates:
+            with torch.no_grad():
+                _local(next(module.policy.parameters())).view(-1)[0] = float("nan")
+
+
+class PoisonSecondRank(PoisonSomeSteps):
+    """Both, on the second rank only.
+
+    Args:
+        updates: whose gradients.
+        steps: updates whose steps.
+    """
+
+    def __init__(self, updates: list[int], steps: list[int]) -> None:
+        super().__init__(steps)
+        self.gradients = updates
+
+    def on_after_backward(self, trainer, module):
+        if dist.get_rank() == 1 and module.updates_done in self.gradients:
+            _local(next(module.policy.parameters()).grad).view(-1)[0] = float("nan")
+
+    def poison(self, module):
+        if dist.get_rank() == 1:
+            super().poison(module)
+
+
+def _local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+# test_full_disk.py
+
+
+class FillDisk(pl.Callback):
+    """Fills a file system for some updates, but for a little room.
+
+    Args:
+        folder: on it.
+        first: number of the first such update, from 0.
+        last: of the last one; None: whoever wants room must remove folder/ballast.
+        room: bytes left.
+    """
+
+    def __init__(self, folder: str, first: int, last: int | None = None, room: int = 0) -> None:
+        self.ballast = Path(folder) / "ballast"
+        self.first, self.last, self.room = first, last, room
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.updates_done == self.first and not (self.ballast.parent / "filled").exists():
+            (self.ballast.parent / "filled").touch()
+            with self.ballast.open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    file.truncate(max(0, file.tell() - self.room))
+        if self.last is not None and module.updates_done == self.last + 1:
+            self.ballast.unlink(missing_ok=True)
