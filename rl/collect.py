@@ -16,7 +16,7 @@ from .config import RLConfig
 from .health import generate_again
 from .rewards import RewardWorker
 from .rollout import Request, RolloutEngine, Sample, Sampling, Tree
-from .tasks import Problem, Split, Task
+from .tasks import Problem, Prompt, Split, Task
 from .turns import ToolTurns
 
 
@@ -117,7 +117,7 @@ class Collector:
             Collected, one group per number, in order.
         """
         problems = [self.task.problem(split, number) for number in numbers]
-        prompts = [self.tokenizer.encode(problem.prompt) for problem in problems]
+        prompts = [prompt_ids(self.tokenizer, problem.prompt) for problem in problems]
         started = time.perf_counter()
         requests = [
             Request(prompt, self.sampling(seed=seed_of(number), **changes))
@@ -144,7 +144,7 @@ class Collector:
         rows += [(p, sample, self.completion(sample)) for p, sample in enumerate(extras)]
         scored = self.worker.score(
             [problems[p].prompt for p, _, _ in rows],
-            [text for _, _, text in rows],
+            [_as_prompt(problems[p].prompt, text) for p, _, text in rows],
             [sample.token_ids for _, sample, _ in rows],
             [problems[p].columns for p, _, _ in rows],
         )
@@ -207,7 +207,7 @@ class Collector:
                 ScoredGroup(
                     group["number"],
                     problem,
-                    self.tokenizer.encode(problem.prompt),
+                    prompt_ids(self.tokenizer, problem.prompt),
                     samples,
                     [self.completion(sample) for sample in samples],
                     group["rewards"],
@@ -262,6 +262,35 @@ def decoded_fraction(groups: Sequence[ScoredGroup], tree: Tree) -> float:
                 nodes[sample.path[: depth + 1]] = min(tree.segment, rest)
         decoded += sum(nodes.values())
     return decoded / told
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        tokenizer: of the policy.
+        prompt: a text, or messages for its chat template, whose answer is asked for.
+
+    Returns:
+        The ids, special tokens included.
+
+    Raises:
+        ValueError: messages, and the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "prompt: expected a text, since the policy's tokenizer has no chat template, got "
+            f"messages: {prompt!r:.80}"
+        )
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)  # the template has them
+
+
+def _as_prompt(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """A completion in the form of its prompt, as TRL gives it to reward functions."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, task: Task) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from .durable import append_text, check_whole, clear_unfinished, raise_on_all, replace_text
 from .loop import SHOWN, RLModule
+from .tasks import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -343,7 +344,7 @@ class TranscriptWriter(Callback):
                 {
                     "update": update,
                     "problem": group.problem.id,
-                    "prompt": group.problem.prompt,
+                    "prompt": prompt_text(group.problem.prompt),
                     "completion": group.completions[sample],
                     "reward": group.rewards[sample],
                     "tokens": len(group.samples[sample].token_ids),
@@ -358,6 +359,13 @@ class TranscriptWriter(Callback):
                 logger.warning(
                     "transcripts are lost while this lasts (said once; the run goes on): %s", failed
                 )
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for people: a text as it is, messages one a line."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def progress_display(label: str) -> Callback:

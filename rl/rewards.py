@@ -160,16 +160,16 @@ class RewardWorker:
 
     def score(
         self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
         columns: Sequence[dict[str, Any]],
     ) -> Scored:
         """Rewards of a batch, in order.
 
         Args:
-            prompts: prompt texts, one per rollout.
-            completions: completion texts.
+            prompts: one per rollout, texts or lists of messages.
+            completions: likewise.
             completion_ids: completion token ids.
             columns: the problem's columns, one dict per rollout.
 

@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 
+from .collect import prompt_ids
 from .config import PolicyConfig, RLConfig
 from .dashboard import run_display
 from .data import ProblemData
@@ -114,7 +115,7 @@ class Run:
         refuse_unsupported(policy)
         refuse_tokenizer(tokenizer, policy, config)
         if config.rollout.servers:
-            prompt = len(tokenizer.encode(config.task.problem("train", 0).prompt))
+            prompt = len(prompt_ids(tokenizer, config.task.problem("train", 0).prompt))
             check_servers(
                 config.rollout.servers,
                 policy,
@@ -391,12 +392,12 @@ def refuse_tokenizer(tokenizer: Any, policy: PreTrainedModel, config: RLConfig) 
         ValueError: no ids, an id beyond the vocabulary, or more positions than the model has.
     """
     prompt = config.task.problem("train", 0).prompt
-    ids = tokenizer.encode(prompt)
+    ids = prompt_ids(tokenizer, prompt)
     size = policy.get_input_embeddings().num_embeddings
     if not ids or max(ids) >= size:
         raise ValueError(
             f"policy: expected a tokenizer whose ids are below {size}, its tokenizer makes "
-            f"{ids[:8]} of the prompt {prompt[:40]!r}; is it saved in the model's folder?"
+            f"{ids[:8]} of the prompt {prompt!r:.40}; is it saved in the model's folder?"
         )
     positions = getattr(policy.config, "max_position_embeddings", None)
     longest = len(ids) + config.rollout.max_tokens

@@ -21,6 +21,7 @@ from .tools import ToolUse
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
+Prompt = str | list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class Problem:
 
     Args:
         id: stable name of the problem, unique within its split.
-        prompt: the text the policy continues; tokenised once, never re-tokenised.
+        prompt: the text the policy continues, or messages (`role` and `content`), which the
+            tokenizer's chat template makes a text of; tokenised once, never re-tokenised.
         columns: whatever the reward function needs besides the completion (JSON-like values).
     """
 
     id: str
-    prompt: str
+    prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -152,9 +154,10 @@ def _reasoning_gym_set(name: str, params: dict[str, Any], seed: int) -> Any:
 class JsonLinesTask(Task):
     """Prompts from a JSON-lines file and a reward function named as `package.module:function`.
 
-    Each line is an object with a string `prompt`; its other keys reach the reward function as
-    columns. The function has TRL's form: `(prompts, completions, completion_ids, **columns)`,
-    lists in, a list of float or None out (None excludes the rollout).
+    Each line is an object with a `prompt`, a string or a list of messages (`role`, `content`) for
+    the tokenizer's chat template; its other keys reach the reward function as columns. The function
+    has TRL's form: `(prompts, completions, completion_ids, **columns)`, lists in, a list of float
+    or None out (None excludes the rollout); to a prompt of messages belongs a completion of one.
 
     Args:
         path: the training file.
@@ -210,7 +213,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         path: the file; empty lines are skipped.
 
     Returns:
-        One dict per line, each with a non-empty string under `prompt`.
+        One dict per line, each with a non-empty string or list of messages under `prompt`.
 
     Raises:
         ValueError: the file is missing or holds no prompt; or a line is malformed (file:line, why).
@@ -240,8 +243,14 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
     prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{where}: expected a non-empty string under 'prompt', got {prompt!r}")
+    messages = isinstance(prompt, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+    )
+    if not prompt or not (isinstance(prompt, str) or messages):
+        raise ValueError(
+            f"{where}: expected a non-empty string or messages with role and content under "
+            f"'prompt', got {prompt!r:.100}"
+        )
     for key in ("completions", "completion_ids", "prompts"):
         if key in row:
             raise ValueError(f"{where}: the key {key!r} is reserved for the reward function")

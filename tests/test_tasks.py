@@ -120,15 +120,20 @@ def test_json_lines_heldout_file(tmp_path):
     assert few.problem("heldout", 0).prompt == few.problem("train", 0).prompt == "held"
 
 
+PROMPT = "expected a non-empty string or messages with role and content under 'prompt'"
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [
         ('{"prompt": "a"', "not JSON"),
         ("[1]", "expected an object, got list"),
         ("null", "expected an object, got NoneType"),
-        ('{"promt": "a"}', "expected a non-empty string under 'prompt', got None"),
-        ('{"prompt": 3}', "expected a non-empty string under 'prompt', got 3"),
-        ('{"prompt": ""}', "expected a non-empty string under 'prompt', got ''"),
+        ('{"promt": "a"}', f"{PROMPT}, got None"),
+        ('{"prompt": 3}', f"{PROMPT}, got 3"),
+        ('{"prompt": ""}', f"{PROMPT}, got ''"),
+        ('{"prompt": [{"role": "user"}]}', "expected a non-empty string or messages with role"),
+        ('{"prompt": []}', "expected a non-empty string or messages with role"),
         ('{"prompt": "a", "completions": 1}', "the key 'completions' is reserved"),
         ('{"prompt": "a", "completion_ids": 1}', "the key 'completion_ids' is reserved"),
         ('{"prompt": "a", "prompts": 1}', "the key 'prompts' is reserved"),
