@@ -20,6 +20,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock, Timeout
 from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -182,6 +183,28 @@ class RunFolder:
         if not folder.config.is_file():
             raise ValueError(f"{path} is no run folder (no config.yaml in it)")
         return folder
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Holds the folder, which must exist; the system lets go of it if the process is killed.
+
+        Raises:
+            SystemExit: 2, after a line, where another process trains in it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(
+                f"trimtab-rl: error: run_dir: {self.path} is in use by another process, which "
+                "trains in it",
+                file=sys.stderr,
+            )
+            raise SystemExit(2) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def checkpoint(self, updates: int) -> Path:
         """The checkpoint after so many updates."""

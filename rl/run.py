@@ -159,25 +159,37 @@ class Run:
             raise SystemExit(3) from None
 
     def _train(self) -> None:
-        config, folder = self.config, self.folder
+        folder = self.folder
         if self.complete:
             print(f"{folder.path} is complete: {self.updates_done} updates. --updates raises them.")
             return
-        if rank_zero_only.rank == 0:
-            if self.checkpoint is not None:
-                print(f"continuing {folder.path} after update {self.updates_done}", flush=True)
-            elif self.resuming:
-                print(f"{folder.path} has no whole checkpoint: from its beginning", flush=True)
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.clear_unfinished()
-            if not self.resuming:
-                print(f"run folder: {folder.path}", flush=True)
-                replace_text(folder.environment, json.dumps(environment(), indent=1))
-            replace_text(folder.config, self.text)
-            folder.forget_after(self.updates_done)
-            for newer in folder.checkpoints.glob("update=*.ckpt"):
-                if newer > folder.checkpoint(self.updates_done):
-                    newer.unlink()  # it could not be read
+        if rank_zero_only.rank != 0:
+            self._fit()
+            return
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with folder.in_use():
+            self._begin()
+            self._fit()
+
+    def _begin(self) -> None:
+        """What the first process writes and clears before anything else."""
+        folder = self.folder
+        if self.checkpoint is not None:
+            print(f"continuing {folder.path} after update {self.updates_done}", flush=True)
+        elif self.resuming:
+            print(f"{folder.path} has no whole checkpoint: from its beginning", flush=True)
+        folder.clear_unfinished()
+        if not self.resuming:
+            print(f"run folder: {folder.path}", flush=True)
+            replace_text(folder.environment, json.dumps(environment(), indent=1))
+        replace_text(folder.config, self.text)
+        folder.forget_after(self.updates_done)
+        for newer in folder.checkpoints.glob("update=*.ckpt"):
+            if newer > folder.checkpoint(self.updates_done):
+                newer.unlink()  # it could not be read
+
+    def _fit(self) -> None:
+        config, folder = self.config, self.folder
         try:
             self.trainer.fit(
                 self.module,

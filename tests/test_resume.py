@@ -104,6 +104,23 @@ def test_each_method_goes_on_as_if_it_had_not_been_stopped(uninterrupted, method
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
+def test_two_trainers_do_not_share_a_folder(uninterrupted):
+    folder = uninterrupted
+    recipe = folder / "recipe.yaml"
+    first = start(["--config", recipe, "--run_dir", "shared", "--updates", "2000"], folder)
+    while not (folder / "shared" / "metrics.jsonl").exists():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.005)
+    second = start(["--resume", "shared"], folder)
+    output, _ = second.communicate(timeout=240)
+    assert second.returncode == 2 and "run_dir: " in output and "in use" in output
+    assert first.poll() is None
+    first.kill()  # the system lets go of the folder
+    first.communicate()
+    again = ["--config", recipe, "--resume", "shared", "--updates", "2000"]
+    run_here([*again, "--trainer.max_steps", "1"], folder)
+
+
 def test_resume_works_from_another_directory(uninterrupted, tmp_path):
     """Relative paths of the recipe mean what they meant where the run was started."""
     folder = uninterrupted
