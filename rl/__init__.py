@@ -28,6 +28,7 @@ _HOMES = {
         "RolloutConfig",
     ),
     "update_config": (
+        "CorrectionConfig",
         "ImitationConfig",
         "LengthRateConfig",
         "PrefixConfig",

@@ -52,25 +52,27 @@ class RolloutsAhead:
         """
         self.update, self._outcome = update, [found]
 
-    def wait(self) -> Collected | None:
-        """The rollouts without taking them; None if there are none.
+    def pending(self) -> Collected | None:
+        """The rollouts, waited for but not taken; None if there are none, or they failed."""
+        found = self._wait()
+        return None if isinstance(found, BaseException) else found
+
+    def _wait(self) -> Collected | BaseException | None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._outcome[0] if self._outcome else None
+
+    def take(self) -> tuple[Collected, float]:
+        """The rollouts, once; and the seconds that were waited for them.
 
         Raises:
             Exception: what the thread raised.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        for outcome in self._outcome:
-            if isinstance(outcome, BaseException):
-                raise outcome
-            return outcome
-        return None
-
-    def take(self) -> tuple[Collected, float]:
-        """The rollouts, once; and the seconds that were waited for them."""
         started = time.perf_counter()
-        found = self.wait()
+        found = self._wait()
+        if isinstance(found, BaseException):
+            raise found
         assert found is not None, "no rollouts were started"
         self.update, self._outcome = None, []
         return found, time.perf_counter() - started

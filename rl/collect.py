@@ -85,6 +85,11 @@ class Collector:
         self.turns: ToolTurns | None = None
         if task.tool is not None:
             self.turns = ToolTurns(task.tool, tokenizer)
+            if self.turns.end_id in self.stop_token_ids:
+                raise ValueError(
+                    f"tool.end: expected another token than those that end a rollout, got "
+                    f"{task.tool.end!r}"
+                )
         self.worker = RewardWorker(
             task.reward_function(),
             config.rollout.reward_timeout,

@@ -91,7 +91,8 @@ class RolloutConfig:
             each side cores: `threads` below their number.
         budget: gives each prompt as many of an update's rollouts as it is worth; null gives
             group_size to each.
-        tree: rollouts of a prompt share segments (TreePO); null draws each on its own.
+        tree: rollouts of a prompt share segments (TreePO); null draws each on its own. A tree's
+            mean reward and length are not the policy's; the evaluation draws each on its own.
     """
 
     prompts: int = 8
@@ -114,7 +115,8 @@ class RolloutConfig:
         for name in ("prompts", "group_size", "max_tokens", "max_rows"):
             value = getattr(self, name)
             require(value >= 1, f"rollout.{name}", "a count >= 1", value)
-        require(self.temperature > 0, "rollout.temperature", "a number > 0", self.temperature)
+        holds = 0 < self.temperature < math.inf
+        require(holds, "rollout.temperature", "a finite number > 0", self.temperature)
         for name in ("reward_timeout", "server_timeout"):
             value = getattr(self, name)
             require(value > 0, f"rollout.{name}", "seconds > 0", value)
@@ -256,6 +258,16 @@ class RLConfig:
         if self.problems is not None:
             least = self.rollout.prompts
             require(self.problems >= least, "problems", f"a count >= {least}", self.problems)
+        update = self.update
+        detached = update.loss == "reval" and update.reval.detach_value
+        expected = "false with reval.detach_value, which converges to a wrong policy off-policy"
+        ahead = self.rollout.asynchronous
+        require(not (detached and ahead), "rollout.asynchronous", expected, ahead)
+        of_group = update.advantage_used in ("dr_grpo", "grpo", "rloo", "opo", "tree")
+        alone = self.rollout.group_size == 1 and self.rollout.budget is None
+        expected = f"at least 2 with the advantage {update.advantage_used}, which compares a group"
+        holds = not (of_group and alone) or update.loss == "imitation"
+        require(holds, "rollout.group_size", expected, self.rollout.group_size)
         imitates = self.update.loss == "imitation"
         expected = "a model for the loss imitation" if imitates else "null without imitation"
         require(imitates == (self.teacher is not None), "teacher", expected, self.teacher)
@@ -272,7 +284,9 @@ class RLConfig:
             require(holds, "update.token_baseline.alignment", expected, alignment)
         needs = self.update.advantage == "tree"
         require(grown or not needs, "rollout.tree", "one for the advantage tree", "null")
-        left_out = self.update.advantage == "rloo" or self.update.token_baseline.leave_one_out
-        left_out = left_out or (imitates and self.update.imitation.baseline)
-        expected = "null with a leave-one-out baseline, whose rollouts must share no tokens"
-        require(not (grown and left_out), "rollout.tree", expected, self.rollout.tree)
+        expected = (
+            "null unless with the advantage tree or the loss reval: a tree's rollouts are no "
+            "samples of the policy, which others take them for"
+        )
+        takes = needs or self.update.loss == "reval"
+        require(takes or not grown, "rollout.tree", expected, self.rollout.tree)

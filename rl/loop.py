@@ -174,7 +174,7 @@ class RLModule(pl.LightningModule):
         if self.policy_update.replay is not None:
             state["replay"] = self.policy_update.replay.state_dict()
         state["health"] = self.health.state_dict()
-        if (pending := self.ahead.wait()) is not None:  # by weights that no checkpoint has
+        if (pending := self.ahead.pending()) is not None:  # by weights that no checkpoint has
             own = self.collector.state_of(pending)
             of_ranks: list[Any] = [own] * world_size()
             if world_size() > 1:
@@ -257,7 +257,7 @@ class RLModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Where a limit stops the run, the rollouts on their way belong to its checkpoint."""
-        self.ahead.wait()
+        self.ahead.pending()
 
     def teardown(self, stage: str) -> None:
         """Ends the reward process and frees the engine."""

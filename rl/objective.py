@@ -5,6 +5,7 @@ Shapes: B rollouts, T response tokens, N = real tokens, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from ..stability import (
     gspo,
     hybrid_imitation_loss,
     importance_weights,
+    kl_penalty,
     mismatch_report,
     optimal_token_baseline,
     out_of_set_mask,
@@ -246,27 +248,44 @@ def objective(found: Statistics, part: Prepared, config: UpdateConfig) -> Object
         return _reval(found, seen, part, config)
     keep, _ = trusted_rollouts(seen, batch, config)
     mask, _ = trained_tokens(seen, batch, config)
-    # pi_old / pi_rollout, at most 2: the part of the ratio that no update has made
-    correction, _ = importance_weights(part.old_logp - batch.rollout_logp, batch.mask)
+    # pi_old / pi_rollout: the part of the ratio that no update has made
+    correction = _importance(part.old_logp, batch, config)
     means: dict[str, tuple[Tensor, Tensor]] = {}
     if config.loss == "imitation":
         assert found.teacher_kl is not None
         costs = found.teacher_kl.detach()
         advantages = imitation_token_advantages(costs, batch, config.imitation)
-        importance, _ = importance_weights(seen.logp - batch.rollout_logp, batch.mask)
+        importance = _importance(seen.logp, batch, config)
         token_loss = hybrid_imitation_loss(
             found.teacher_kl, stats.logp, advantages, importance, mask=mask
         )
         means["imitation/kl"] = _sum_and_count(costs, batch.mask)
     else:
         advantages = token_advantages(seen, part, correction, config)
+        if config.reference is not None and config.reference.penalty == "advantage":
+            assert found.reference is not None
+            advantages = kl_penalty(
+                advantages,
+                seen.logp,
+                found.reference.logp,
+                batch.mask,
+                coefficient=config.reference.kl,
+            )
         token_loss = _policy_loss(stats, seen, part, advantages, correction, mask, config)
     if found.reference is not None and config.reference is not None:
         divergence = k3(torch.where(mask, found.reference.logp - stats.logp, 0.0))
-        token_loss = token_loss + config.reference.kl * divergence
+        if config.reference.penalty == "loss":
+            token_loss = token_loss + config.reference.kl * divergence
         means["reference/k3"] = _sum_and_count(divergence.detach(), mask)
     loss = apply_weights(token_loss, part.weights * mask, keep)
     return Objective(loss, seen, advantages, means)
+
+
+def _importance(logp: Tensor, batch: RolloutBatch, config: UpdateConfig) -> Tensor:
+    """[B, T] weights of the engine's rollouts as those of a policy with these log-probs."""
+    options = dataclasses.asdict(config.correction)
+    weights, _ = importance_weights(logp - batch.rollout_logp, batch.mask, **options)
+    return weights
 
 
 def _policy_loss(
@@ -283,7 +302,7 @@ def _policy_loss(
     if config.loss == "ratio":
         return ratio_policy_loss(logp, batch.rollout_logp, advantages, mask=mask)
     if config.loss == "reinforce":
-        importance, _ = importance_weights(seen.logp - batch.rollout_logp, batch.mask)
+        importance = _importance(seen.logp, batch, config)
         return reinforce(logp, advantages, importance, mask=mask)
     low, high = config.bounds
     if config.loss in ("dppo_tv", "dppo_kl"):  # their ratio starts from the engine

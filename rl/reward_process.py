@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 START_SECONDS = 60.0  # for the imports of a worker
 _PRINTED = 16_384  # bytes of a run's reward function that reach the terminal
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
 def serve(function: bytes, timeout: float, memory_mb: int | None, pipe: Any) -> None:
@@ -43,14 +43,14 @@ def serve(function: bytes, timeout: float, memory_mb: int | None, pipe: Any) -> 
     """
     os.setsid()  # Ctrl-C is for the trainer, which ends this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    _prctl(_SET_CHILD_SUBREAPER, 1)
+    prctl(SET_CHILD_SUBREAPER, 1)
     supervisor = _Supervisor(function, timeout, memory_mb, pipe)
     try:
         supervisor.run()
     except (EOFError, OSError):
         pass  # the trainer is gone
     finally:
-        _end_all_below(supervisor.worker)
+        end_all_below(supervisor.worker)
 
 
 class _Supervisor:
@@ -166,7 +166,7 @@ class _Supervisor:
 
     def end(self) -> str:
         """Ends the worker and all that it has started; how it ended, if it had before."""
-        status = _end_all_below(self.worker).get(self.worker, 0)
+        status = end_all_below(self.worker).get(self.worker, 0)
         if self.output >= 0:
             self.swallow()
         for file in (self.output, self.death):
@@ -185,7 +185,7 @@ def _work(
     """The worker's life; never returns into the supervisor's code."""
     code = 1
     try:
-        _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if os.getppid() == supervisor:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.dup2(printing, 1)
@@ -247,7 +247,7 @@ def _described(error: BaseException) -> str:
     return f"{place}{type(error).__name__}: {str(error)[:500]}"
 
 
-def _end_all_below(worker: int | None) -> dict[int, int]:
+def end_all_below(worker: int | None) -> dict[int, int]:
     """Kills the worker's group and, on Linux, every process below; their wait statuses by id."""
     statuses: dict[int, int] = {}
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -268,7 +268,7 @@ def _children() -> list[int]:
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
 
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
     """Asks Linux; elsewhere there is no such thing."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

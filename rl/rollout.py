@@ -23,8 +23,8 @@ class Tree:
 
     All paths decode a segment; then, while rollouts are missing, each path that goes on gives
     birth to others that share what it has. When every path has ended, missing rollouts start at an
-    earlier boundary of one that has. So rollouts are no independent draws: each is a sample of the
-    policy given where it branched.
+    earlier boundary of one that has. So long paths have more offspring: a tree's rollouts are no
+    samples of the policy, and their mean reward and length are the tree's, not the policy's.
 
     Args:
         segment: tokens of a segment, >= 1.

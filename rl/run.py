@@ -126,6 +126,13 @@ class Run:
         teacher = None
         if config.teacher is not None:
             teacher = load_teacher(config.teacher, config.task, policy, tokenizer)
+            size = teacher.get_input_embeddings().num_embeddings
+            top_k = config.update.imitation.teacher_top_k
+            if top_k is not None and top_k > size:
+                raise ValueError(
+                    f"update.imitation.teacher_top_k: expected at most the {size} of the "
+                    f"vocabulary, got {top_k}"
+                )
         self.module = RLModule(config, policy, tokenizer, config.task, teacher)
         self.module.configure_optimizers()  # so that a rate or a block map it refuses shows here
         if self.checkpoint is not None:

@@ -23,9 +23,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .reward_process import SET_CHILD_SUBREAPER, end_all_below, prctl
 from .rewards import import_function
 
 ToolFunction = Callable[[str], str]
+
+_END = b"\x00\x00end"
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ def run_python(code: str) -> str:
 
 def _serve(use: ToolUse, max_chars: int, directory: str, pipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this
+    prctl(SET_CHILD_SUBREAPER, 1)  # what leaves a call's session comes here, and is ended
     function: ToolFunction = run_python
     if use.function is not None:
         os.chdir(directory)
@@ -204,27 +208,24 @@ def _forked(function: ToolFunction, call: str, use: ToolUse, max_chars: int) -> 
         _answer(function, call, use, max_chars, write)  # does not return
     os.close(write)
     answer, deadline, timed_out = b"", time.monotonic() + use.timeout, False
-    while True:
+    # to its end mark, not to the end of the pipe, which what the call started may hold
+    while not answer.endswith(_END) and len(answer) <= 8 * max_chars:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([read], [], [], left)[0]:
             timed_out = True
             break
         part = os.read(read, 65536)
-        if not part or len(answer) > 8 * max_chars:  # the call may have found this pipe, too
+        if not part:
             break
         answer += part
     os.close(read)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # and all that it started
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)  # if it was too early for a group of its own
-    _, status = os.waitpid(child, 0)
+    status = end_all_below(child).get(child, 0)
     if timed_out:
         return f"TimeoutError: no answer within {use.timeout:g} s"
     if not answer:
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
         return f"RuntimeError: the call ended with {how}"
-    return answer[1:].decode(errors="replace")[:max_chars]  # the first byte says that there is one
+    return answer.removesuffix(_END).decode(errors="replace")[:max_chars]
 
 
 def _answer(function: ToolFunction, call: str, use: ToolUse, max_chars: int, write: int) -> None:
@@ -242,7 +243,7 @@ def _answer(function: ToolFunction, call: str, use: ToolUse, max_chars: int, wri
             # the last line of what an interpreter would print, without the file
             reply = traceback.format_exception_only(error)[-1].strip() or type(error).__name__
         with os.fdopen(write, "wb") as pipe:
-            pipe.write(b"=" + reply[:max_chars].encode(errors="replace"))
+            pipe.write(reply[:max_chars].encode(errors="replace") + _END)
     finally:
         sys.stdout = sys.stderr = None  # nothing left to flush
         os._exit(0)

@@ -7,6 +7,7 @@ is named after is refused before a run begins.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,12 +63,13 @@ class TokenBaselineConfig:
     """The optimal token baseline (arXiv 2602.07078).
 
     Args:
-        alignment: `column`, or `model_token` for rollouts with gaps.
+        alignment: of rollouts with each other: `model_token` by the policy's own tokens, or
+            `column` by position; the same but for rollouts with a tool's replies in them.
         leave_one_out: leave the rollout itself out of its own baseline (unbiased).
         tail: advantage beyond the second-longest rollout of a group.
     """
 
-    alignment: Literal["column", "model_token"] = "column"
+    alignment: Literal["column", "model_token"] = "model_token"
     leave_one_out: bool = False
     tail: Literal["zero_baseline", "keep"] = "zero_baseline"
 
@@ -135,21 +137,56 @@ class PrefixConfig:
 
 
 @dataclass(frozen=True)
+class CorrectionConfig:
+    """Weights that turn rollouts of the engine's policy into rollouts of the trainer's.
+
+    The ratio is of the trainer's policy to the engine's where no update lies between; the loss
+    `reinforce` takes it up to the policy being trained. Of no use to the losses `ratio` and
+    `dppo_*`, whose own ratio starts from the engine, and to `reval`.
+
+    Args:
+        level: the ratio of each `token`, of the `sequence` (their product), or its `geometric`
+            mean.
+        outside: a ratio beyond the bounds is set to them (`truncate`) or to 0 (`zero`: masked
+            importance sampling, IcePop with `low`), or drops its response (`reject`).
+        low: lower bound; null: 0.
+        high: upper bound.
+
+    Source:
+        `trimtab.stability.importance_weights`.
+    """
+
+    level: Literal["token", "sequence", "geometric"] = "token"
+    outside: Literal["truncate", "zero", "reject"] = "truncate"
+    low: float | None = None
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        require(self.high > 0, "correction.high", "a ratio > 0", self.high)
+        if self.low is not None:
+            expected = f"a ratio in [0, {self.high}]"
+            require(0 <= self.low <= self.high, "correction.low", expected, self.low)
+
+
+@dataclass(frozen=True)
 class ReferenceConfig:
     """A frozen copy of the policy as it was.
 
     Args:
         kl: weight of k3(pi_ref / pi) of each token in the loss, as in GRPO; 0 with the loss reval,
             which has its own use of the reference.
+        penalty: where that is: a term of the `loss`, or off the `advantage` of each token, where it
+            is lp - lp_ref and carries no gradient (ReMax's).
         reset_every: updates after which the reference becomes the policy of that moment; 0 keeps
             the first.
     """
 
     kl: float = 0.0
+    penalty: Literal["loss", "advantage"] = "loss"
     reset_every: int = 0
 
     def __post_init__(self) -> None:
-        require(self.kl >= 0, "reference.kl", "a weight >= 0", self.kl)
+        require(0 <= self.kl < math.inf, "reference.kl", "a finite weight >= 0", self.kl)
         require(self.reset_every >= 0, "reference.reset_every", "a count >= 0", self.reset_every)
 
 
@@ -194,7 +231,8 @@ class RevalConfig:
     truncated: Literal["count", "zero", "mask"] = "count"
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, "reval.beta", "a temperature > 0", self.beta)
+        holds = 0 < self.beta < math.inf
+        require(holds, "reval.beta", "a finite temperature > 0", self.beta)
 
 
 @dataclass(frozen=True)
@@ -222,7 +260,8 @@ class ImitationConfig:
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, "imitation.gamma", "a discount in [0, 1]", self.gamma)
         value = self.reward_weight
-        require(value >= 0, "imitation.reward_weight", "a weight >= 0", value)
+        expected = "a finite weight >= 0"
+        require(0 <= value < math.inf, "imitation.reward_weight", expected, value)
         if self.teacher_top_k is not None:
             value = self.teacher_top_k
             require(value >= 1, "imitation.teacher_top_k", "a count >= 1", value)
@@ -278,7 +317,8 @@ class UpdateConfig:
         eps: added to the root of the second moment.
         weight_decay: decoupled; not on vectors and scalars.
         clip_norm: bound on the gradient norm; 0 does not clip.
-        epochs: optimizer steps on each batch of rollouts; 1 is on-policy.
+        epochs: optimizer steps on each batch of rollouts; 1 is on-policy, where the ratio that
+            ppo_clip, gspo and cispo clip is 1: their bounds act from the second on.
         micro_prompts: prompts whose graphs are alive at a time; 0 takes all.
         route: `packed` computes each prompt once in a row with its responses, whose graph is alive
             as a whole: the fastest for small models; `three_phase` computes it once, too, and
@@ -300,6 +340,7 @@ class UpdateConfig:
         clip_low: lower bound of the loss: clip range of ppo_clip, gspo and cispo, threshold of
             dppo_tv and dppo_kl; null: the loss's own.
         clip_high: upper bound likewise.
+        correction: of the engine's log-probs against the trainer's, by importance weights.
         reval: options of that loss.
         replay: steps on trajectories of earlier updates, for reval; null: none.
         reference: a copy of the policy for reval, or for a KL term; null: none.
@@ -333,6 +374,7 @@ class UpdateConfig:
     loss: Loss = "ratio"
     clip_low: float | None = None
     clip_high: float | None = None
+    correction: CorrectionConfig = CorrectionConfig()
     reval: RevalConfig = RevalConfig()
     replay: ReplayConfig | None = None
     reference: ReferenceConfig | None = None
@@ -354,9 +396,22 @@ class UpdateConfig:
             value = getattr(self, name)
             expected = f"null with the loss {self.loss}, which has no bounds"
             require(value is None or self.loss in BOUNDS, f"update.{name}", expected, value)
-            require(value is None or value >= 0, f"update.{name}", "a bound >= 0", value)
+            most = 1.0 if self.loss == "dppo_tv" or name == "clip_low" else math.inf
+            if self.loss == "dppo_kl":
+                most = math.inf
+            expected = "a bound >= 0" if most > 1 else "a bound in [0, 1]"
+            require(value is None or 0 <= value <= most, f"update.{name}", expected, value)
         if self.remax_clip is not None:
             require(self.remax_clip > 0, "update.remax_clip", "a bound > 0", self.remax_clip)
+        for name, default, owner in (
+            ("remax_clip", None, "remax"),
+            ("tree_combine", "average", "tree"),
+            ("token_baseline", TokenBaselineConfig(), "otb"),
+        ):
+            holds = getattr(self, name) == default or self.advantage_used == owner
+            used = self.advantage_used
+            expected = f"its default with the advantage {used}, which has no use of it"
+            require(holds, f"update.{name}", expected, getattr(self, name))
         self._check_mixture()
 
     def _check_mixture(self) -> None:
@@ -379,6 +434,10 @@ class UpdateConfig:
             require(reference is not None, "update.reference", "one for the loss reval", "null")
             kl = 0.0 if reference is None else reference.kl
             require(kl == 0, "update.reference.kl", "0 with the loss reval", kl)
+            again = self.replay is not None or self.epochs > 1
+            expected = "false off-policy (replay, epochs > 1), where it converges to a wrong policy"
+            detached = self.reval.detach_value
+            require(not (detached and again), "update.reval.detach_value", expected, detached)
         else:
             expected = f"null with the loss {loss}, which needs fresh rollouts"
             require(self.replay is None, "update.replay", expected, self.replay)
@@ -386,6 +445,8 @@ class UpdateConfig:
                 expected = f"a weight > 0 with the loss {loss}, which has no other use of it"
                 require(reference.kl > 0, "update.reference.kl", expected, reference.kl)
         if loss == "imitation":
+            expected = "1 with the loss imitation, whose dense part is right on fresh rollouts only"
+            require(self.epochs == 1, "update.epochs", expected, self.epochs)
             for name, value, wanted in (
                 ("head", self.head, "logits"),
                 ("pruning", self.pruning, None),

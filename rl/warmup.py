@@ -66,6 +66,7 @@ class WarmupConfig:
         batch_documents: documents a step.
         loss: `cross_entropy`, or `gem`, which keeps the entropy that RL explores with.
         gem_beta: of gem, in (0, 1]; 1 is cross-entropy.
+        gem_h: form of gem, see `gem_loss`.
         muon_lr: learning rate of Muon (block matrices).
         adamw_lr: learning rate of AdamW (embeddings, norms).
         seed: of the weights and of the documents' order.
@@ -88,6 +89,7 @@ class WarmupConfig:
     batch_documents: int = 6
     loss: Literal["cross_entropy", "gem"] = "cross_entropy"
     gem_beta: float = 0.7
+    gem_h: Literal["linear", "logsigmoid"] = "linear"
     muon_lr: float = 0.02
     adamw_lr: float = 4e-3
     seed: int = 0
@@ -280,7 +282,13 @@ class WarmupModule(pl.LightningModule):
         logits = self.model(ids, use_cache=False).logits
         logits, labels = logits.flatten(0, 1), labels.flatten()
         if self.warmup.loss == "gem":
-            of_tokens = gem_loss(logits, labels, beta=self.warmup.gem_beta, ignore_index=IGNORED)
+            of_tokens = gem_loss(
+                logits,
+                labels,
+                beta=self.warmup.gem_beta,
+                h=self.warmup.gem_h,
+                ignore_index=IGNORED,
+            )
             loss = of_tokens.sum() / (labels != IGNORED).sum()
         else:
             loss = F.cross_entropy(logits, labels, ignore_index=IGNORED)

@@ -12,16 +12,21 @@ from transformers import AutoModelForCausalLM
 
 from trimtab.rl import (
     BudgetConfig,
+    CorrectionConfig,
     ImitationConfig,
     PolicyConfig,
     ReferenceConfig,
     ReplayBuffer,
     ReplayConfig,
+    Request,
     RevalConfig,
+    Sampling,
+    TransformersEngine,
     Tree,
     allocate_budget,
     problems_of_update,
 )
+from trimtab.rl.health import Stopped
 from trimtab.rl.seeds import stable_seed
 
 REVAL = {
@@ -112,6 +117,11 @@ def test_a_finite_set_of_problems_comes_back_in_another_order():
 def test_budgets_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"group_size: expected a mean of rollout.budget, 8 to 16"):
         config_of(Letters(), "nowhere", rollout={"budget": BudgetConfig(low=8, high=16)})
+    with pytest.raises(
+        ValueError, match=r"group_size: expected at least 2 with the advantage grpo"
+    ):
+        config_of(Letters(), "nowhere", {"group_size": 1}, advantage="grpo")
+    config_of(Letters(), "nowhere", {"group_size": 1}, advantage="remax")
     with pytest.raises(ValueError, match="problems: expected a count >= 3, got 2"):
         dataclasses.replace(config_of(Letters(), "nowhere"), problems=2)
 
@@ -207,10 +217,10 @@ def test_a_state_that_does_not_fit_together_is_refused():
 # ---------------------------------------------------------------- trees
 
 
-@pytest.mark.parametrize("advantage", ["tree", "grpo", "remax"])
-def test_trees_train(policy_folder, advantage):
+@pytest.mark.parametrize("update", [{"advantage": "tree"}, REVAL], ids=["tree", "reval"])
+def test_trees_train(policy_folder, update):
     rollout = {"tree": Tree(segment=3), "group_size": 8}
-    config = config_of(Letters(), policy_folder, rollout=rollout, advantage=advantage)
+    config = config_of(Letters(), policy_folder, rollout=rollout, **update)
     module, rows = train(config, policy_folder)
     assert all(0.1 < row["tree/decoded_fraction"] < 1 for row in rows)
     assert all(row["rollouts"] == 24 and row["grad_norm"] > 0 for row in rows)
@@ -218,19 +228,25 @@ def test_trees_train(policy_folder, advantage):
         assert len(group.samples) == 8 and all(sample.path for sample in group.samples)
 
 
-def test_trees_want_baselines_that_share_no_tokens_with_the_rollout():
-    for update in ({"advantage": "rloo"}, {"loss": "imitation"}):
-        teacher = PolicyConfig(path="somewhere") if "loss" in update else None
-        base = dataclasses.replace(config_of(Letters(), "nowhere"))
-        with pytest.raises(ValueError, match=r"rollout.tree: expected null with a leave-one-out"):
-            dataclasses.replace(
-                base,
-                rollout=dataclasses.replace(base.rollout, tree=Tree()),
-                update=dataclasses.replace(base.update, **update),
-                teacher=teacher,
-            )
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce", "remax", None])
+def test_a_trees_rollouts_are_not_taken_for_the_policys(advantage):
+    with pytest.raises(ValueError, match=r"rollout.tree: expected null unless with the advantage"):
+        config_of(Letters(), "nowhere", {"tree": Tree()}, advantage=advantage)
     with pytest.raises(ValueError, match=r"rollout.tree: expected one for the advantage tree"):
         config_of(Letters(), "nowhere", advantage="tree")
+
+
+def test_long_paths_have_more_offspring(policy_folder):
+    """Why they are not: in a tree the mean length is another one than that of single rollouts."""
+    engine = TransformersEngine(loaded(policy_folder), dtype=torch.float32)
+    stops = tuple(range(3, 13))
+    lengths = []
+    for tree in (None, Tree(segment=2)):
+        sampling = Sampling(n=64, max_tokens=24, stop_token_ids=stops, tree=tree)
+        requests = [Request([2, 5], dataclasses.replace(sampling, seed=i)) for i in range(6)]
+        samples = [s for group in engine.generate(requests) for s in group]
+        lengths.append(sum(len(s.token_ids) for s in samples) / len(samples))
+    assert lengths[1] > 1.2 * lengths[0]
 
 
 # ---------------------------------------------------------------- imitation
@@ -293,6 +309,23 @@ def test_rollouts_ahead_are_of_the_policy_one_update_before(policy_folder):
         }, "the same whatever takes how long"
 
 
+def test_an_engine_that_fails_ahead_leaves_the_checkpoint_of_what_is_done(policy_folder, tmp_path):
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if module.updates_done == 1:  # that of update 2 is on its way, that of 3 will fail
+                module.ahead.pending()
+                module.engine.generate = None
+            trainer.save_checkpoint(tmp_path / f"{module.updates_done}.ckpt")
+
+    config = config_of(Letters(), policy_folder, rollout={"asynchronous": True})
+    config = dataclasses.replace(config, updates=6)
+    with pytest.raises(Stopped, match="failed twice"):
+        train(config, policy_folder, [Fails()])
+    states = [torch.load(tmp_path / f"{n}.ckpt", weights_only=True)["trimtab"] for n in (1, 2)]
+    assert "pending" in states[0] and "pending" not in states[1]
+    assert states[1]["updates_done"] == 2
+
+
 def test_an_engine_that_fails_in_the_thread_ends_the_run_with_its_own_error(policy_folder):
     class Fails(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -301,8 +334,22 @@ def test_an_engine_that_fails_in_the_thread_ends_the_run_with_its_own_error(poli
 
     config = config_of(Letters(), policy_folder, rollout={"asynchronous": True})
     config = dataclasses.replace(config, updates=6)
-    with pytest.raises(TypeError, match="not callable"):
+    with pytest.raises(Stopped, match="failed twice: TypeError"):
         train(config, policy_folder, [Fails()])
+
+
+@pytest.mark.parametrize("correction", [
+    {"level": "sequence"}, {"outside": "zero", "low": 0.9, "high": 1.1}, {"outside": "reject"},
+])  # fmt: skip
+def test_other_corrections_train(policy_folder, correction):
+    rollout = {"asynchronous": True, "quantize_bits": 4}
+    found = []
+    for options in ({}, correction):
+        update = {"loss": "ppo_clip", "correction": CorrectionConfig(**options), "lr": 1e-2}
+        found.append(train(config_of(Letters(), policy_folder, rollout, **update), policy_folder))
+    (_, plain), (_, other) = found
+    assert plain[1]["loss"] != other[1]["loss"]
+    assert all(row["skipped_updates"] == 0 for row in other)
 
 
 # Edits that must turn this file red:

@@ -23,6 +23,7 @@ from trimtab.rl.update_config import (
     ReferenceConfig,
     ReplayConfig,
     RevalConfig,
+    TokenBaselineConfig,
     TrustRegionConfig,
     UpdateConfig,
 )
@@ -492,6 +493,28 @@ def test_the_kl_term_adds_k3_to_the_reference(model, other_model):
     assert metrics["reference/k3"] == pytest.approx(torch.cat(sizes).mean().item(), rel=1e-6)
 
 
+def test_a_penalty_off_the_advantage_is_the_one_step_kl(model, other_model):
+    """ReMax's: each token pays kl (lp - lp_ref) for itself, and that carries no gradient."""
+    batch, _ = make_batch(model, 8, spread=0.0)
+    config = UpdateConfig(
+        loss="reinforce",
+        advantage="dr_grpo",
+        aggregation="seq_mean",
+        reference=ReferenceConfig(kl=0.5, penalty="advantage"),
+    )
+    loss, grad, _ = run_beside(model, batch, config, other_model)
+    weight = weights_by_loops(batch, "seq_mean", list(range(len(batch))))
+    truth = torch.zeros((), dtype=torch.float64)
+    for i, outcome in enumerate(centred(batch)):
+        lp = taken(logits_alone(model, batch, i), batch, i)
+        ref = taken(logits_alone(other_model, batch, i), batch, i)
+        advantage = outcome - 0.5 * (lp - ref).detach()
+        truth = truth - weight[i] * (advantage * lp).sum()
+    true_grad = flat_grad(truth, model)
+    assert loss == pytest.approx(truth.item(), rel=1e-5)
+    assert (grad - true_grad).norm() < 1e-5 * true_grad.norm()
+
+
 def test_remax_subtracts_the_greedy_reward_and_leaves_a_group_without_one_out(model):
     batch, _ = make_batch(model, 8)
     config = UpdateConfig(advantage="remax", remax_clip=0.6)
@@ -532,7 +555,21 @@ MIXTURES = {
     ),
     "clip_low: expected null with the loss reinforce": dict(loss="reinforce", clip_low=0.2),
     "clip_high: expected a bound >= 0, got -1": dict(loss="cispo", clip_high=-1.0),
-    "remax_clip: expected a bound > 0, got 0": dict(remax_clip=0.0),
+    r"clip_low: expected a bound in \[0, 1\], got 2": dict(loss="gspo", clip_low=2.0),
+    r"clip_high: expected a bound in \[0, 1\], got 2": dict(loss="dppo_tv", clip_high=2.0),
+    "epochs: expected 1 with the loss imitation": dict(loss="imitation", epochs=2),
+    "reval.detach_value: expected false off-policy": dict(
+        loss="reval",
+        reference=ReferenceConfig(),
+        reval=RevalConfig(detach_value=True),
+        replay=ReplayConfig(),
+    ),
+    "tree_combine: expected its default with the advantage otb": dict(tree_combine="group_size"),
+    "token_baseline: expected its default with the advantage grpo": dict(
+        advantage="grpo", token_baseline=TokenBaselineConfig(leave_one_out=True)
+    ),
+    "remax_clip: expected a bound > 0, got 0": dict(advantage="remax", remax_clip=0.0),
+    "remax_clip: expected its default with the advantage otb": dict(remax_clip=1.0),
 }
 
 

@@ -284,7 +284,7 @@ def test_thresholds():
 #   self.close() in the branch of `died`                           ->  removed
 #   if kind in ("error", "timeout") and not self._complained       ->  without the flag
 # Edits to rl/reward_process.py:
-#   without _prctl(_SET_CHILD_SUBREAPER, 1)
+#   without prctl(SET_CHILD_SUBREAPER, 1)
 #   wait: without `if self.death in ready`
 #   wait: without `if self.pipe.fileno() in ready`                 (hangs)
 #   start: without `if self.output in ready: self.swallow()`       (a flood is a timeout)

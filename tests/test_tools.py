@@ -42,25 +42,34 @@ def test_calls_see_nothing_of_each_other(runner):
     assert found == ["", "NameError: name 'kept' is not defined", "1"]
 
 
-def test_a_call_that_takes_too_long_is_ended_with_all_it_started(runner, tmp_path):
-    pids = tmp_path / "pids"
-    code = (
-        "import os, subprocess, time\n"
-        f"p = subprocess.Popen(['sleep', '1000'])\nopen({str(pids)!r}, 'w').write(str(p.pid))\n"
-        "time.sleep(1000)"
-    )
-    tool = runner(timeout=3.0)
-    assert tool.replies([code, "2"]) == ["TimeoutError: no answer within 3 s", "2"]
-    pid = int(pids.read_text())
+def ended(pid):
+    """Waits until a process is gone, or a zombie that its parent has not reaped yet."""
     deadline = time.monotonic() + 30
-    while True:  # init reaps it
+    while True:
         state = subprocess.run(
             ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
         )
         if not state.stdout.strip() or state.stdout.strip().startswith("Z"):
-            return
+            return True
         assert time.monotonic() < deadline, "what the call started lives on"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("session", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_call_is_ended_with_all_it_started(runner, tmp_path, session, waits):
+    """In time or not, in its session or in one of its own."""
+    pids = tmp_path / "pids"
+    code = (
+        "import subprocess, time\n"
+        f"p = subprocess.Popen(['sleep', '1000'], start_new_session={session}, close_fds=False)\n"
+        f"open({str(pids)!r}, 'w').write(str(p.pid))\n"
+        f"time.sleep({1000 if waits else 0})\n7"
+    )
+    tool = runner(timeout=3.0)
+    expected = "TimeoutError: no answer within 3 s" if waits else "7"
+    assert tool.replies([code, "2"]) == [expected, "2"]
+    assert ended(int(pids.read_text()))
 
 
 def test_memory_is_bounded(runner):
@@ -124,5 +133,6 @@ def test_options_out_of_range_are_refused(name, value):
 
 
 # Edits that must turn this file red:
-# - no killpg; no RLIMIT_AS; no redirect of the child's streams; no fork (calls share a process)
-# - max_chars not applied; the deadline started anew at each part of an answer (a slow drip)
+# - no end_all_below; no SET_CHILD_SUBREAPER; the answer read to the end of the pipe
+# - no RLIMIT_AS; no redirect of the child's streams; no fork (calls share a process)
+# - max_chars not applied

@@ -28,7 +28,6 @@ from trimtab.rl.calculator import CalculatorTask
 
 # the random policy writes each of its 32 tokens about as often: 3 of 17 characters end a call
 USE = ToolUse(start="a", end="b", function="reward_functions:reversed_digits", timeout=30.0)
-MODEL_TOKEN = TokenBaselineConfig("model_token")
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +171,7 @@ REVAL = {
 
 
 def tool_config(folder, **update):
-    rollout = {"max_tokens": 24, "group_size": 8}
-    return config_of(ToolLetters(), folder, rollout, **{"token_baseline": MODEL_TOKEN} | update)
+    return config_of(ToolLetters(), folder, {"max_tokens": 24, "group_size": 8}, **update)
 
 
 @pytest.mark.parametrize("update", [{}, {"advantage": "grpo", "loss": "ppo_clip"}, REVAL])
@@ -231,9 +229,17 @@ def test_what_the_tool_says_has_no_gradient(policy_folder, model):
 
 def test_mixtures_with_a_tool_that_mean_nothing_are_refused(policy_folder):
     with pytest.raises(ValueError, match=r"token_baseline.alignment: expected model_token"):
-        tool_config(policy_folder, token_baseline=TokenBaselineConfig())
+        tool_config(policy_folder, token_baseline=TokenBaselineConfig("column"))
     with pytest.raises(ValueError, match=r"rollout.tree: expected null with a task whose"):
-        config_of(ToolLetters(), policy_folder, {"tree": Tree()}, token_baseline=MODEL_TOKEN)
+        config_of(ToolLetters(), policy_folder, {"tree": Tree()}, advantage="tree")
+
+
+def test_a_tool_whose_calls_would_end_the_rollout_is_refused(policy_folder):
+    class Ends(Letters):
+        tool = dataclasses.replace(USE, end=";")
+
+    with pytest.raises(ValueError, match=r"tool.end: expected another token than those that end"):
+        train(config_of(Ends(), policy_folder), policy_folder)
 
 
 def test_the_calculators_examples_are_right():
