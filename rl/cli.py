@@ -238,7 +238,10 @@ def parse(parser: Any, arguments: list[str]) -> tuple[Any, dict[str, Any], str |
         if not parsed.threads:  # what 0 chose when the run began
             parsed.threads = stored["threads"]
             text = _resolved(parser, parsed)
-        _refuse_changes(stored, yaml.safe_load(text))
+        # options that are younger than the run, at their defaults
+        path = _checked(str(Path(resume) / "config.yaml"))
+        whole = yaml.safe_load(_resolved(parser, parser.parse_args(["--config", path])))
+        _refuse_changes(whole | {"threads": stored["threads"]}, yaml.safe_load(text))
     try:
         made = parser.instantiate(parsed)
     except (ArgumentError, ValueError) as error:

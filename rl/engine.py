@@ -59,6 +59,9 @@ def quantize_weights_(model: nn.Module, bits: int, group: int = 64) -> None:
 class TransformersEngine:
     """Samples from a copy of a transformers causal LM, in this process.
 
+    Its batches are static: rows that end are dropped, and no others take their place, as they do in
+    transformers' `generate_batch` (continuous batching), which it does not use.
+
     The copy may have another dtype or rounded weights than the trainer's model: then the mismatch
     between the two is the real thing, as between a training and an inference engine.
 

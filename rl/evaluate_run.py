@@ -1,5 +1,7 @@
 """`trimtab-rl eval RUN`: a run's policy on K answers to each problem, as the run samples them.
 
+With `--server URL` a server's model answers instead (`evaluate_server.py`).
+
 Reports pass@k, the majority vote, the mean reward and length, and pass@1 by difficulty, each with
 its standard error over problems, and writes RUN/eval-*.json. A success is a reward above 0.5;
 answers whose reward was lost are counted and left out. How answers are compared for the vote stands
@@ -8,31 +10,30 @@ in `answer_figures.py`.
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import logging as transformers_logging
 
 from .answer_figures import evaluation_result
 from .cli import make_parser, parse
 from .collect import Collector, ScoredGroup
 from .config import PolicyConfig, RLConfig
-from .engine import TransformersEngine
+from .engines import make_engine
+from .evaluate_server import ServerEvaluation, ServerOptions
+from .evaluation_output import store_evaluation
+from .health import Stopped
 from .machine import fastest_threads
-from .pass_at_k import SUCCESS, Estimate
-from .recording import RunFolder, replace_text
-from .rollout import RolloutEngine
+from .pass_at_k import SUCCESS
+from .recording import RunFolder
 from .run import load_policy, updates_of
 from .seeds import stable_seed
-from .server_engine import VLLMServerEngine
+from .vllm_engine import refuse_missing_vllm
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Options:
     """What is asked of the evaluation.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; None where a server answers the problems of a recipe.
         problems: problems of the split, from its first; null takes the run's own number.
         samples: answers to each.
         k: of pass@k, `1,4,16`; null takes powers of four up to `samples`.
@@ -53,7 +54,7 @@ class Options:
         ValueError: a value outside its range; names the option.
     """
 
-    run: str
+    run: str | None
     problems: int | None = None
     samples: int = 16
     k: str | None = None
@@ -86,33 +87,42 @@ class Options:
         return sorted({int(text) for text in texts})
 
 
-def prepared(arguments: list[str]) -> RunEvaluation:
+def prepared(arguments: list[str]) -> RunEvaluation | ServerEvaluation:
     """The evaluation that these arguments ask for, checked, its policy loaded.
 
     Args:
         arguments: of the command line, after `eval`.
 
     Returns:
-        A RunEvaluation whose `run` is next.
+        An evaluation whose `run` is next.
 
     Raises:
-        ValueError, ArgumentError: an argument is wrong, or the run has no policy yet.
+        ValueError, ArgumentError: an argument is wrong, the run has no policy yet, or the server
+            does not serve the model.
+        ConnectionError: the server does not answer.
     """
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
         prog="trimtab-rl eval",
-        description="Samples a run's policy: pass@k, majority vote, reward and length, by "
-        "difficulty; writes RUN/eval-*.json.",
+        description="Samples a run's policy, or a server's model on the run's task: pass@k, "
+        "majority vote, reward and length, by difficulty; writes RUN/eval-*.json (without a RUN "
+        "./eval-*.json).",
         exit_on_error=False,
         default_env=False,
     )
     parser.add_argument("run", nargs="?", type=str | None, help="the run's folder")
     parser.add_class_arguments(Options, None, skip={"run"})
-    parsed = parser.parse_args(arguments)
-    if parsed.run is None:
+    parser.add_class_arguments(ServerOptions, None, skip={"chat"})
+    text = "asks /v1/chat/completions, each text as a user's message; else /v1/completions"
+    parser.add_argument("--chat", action="store_true", help=text)
+    parsed = vars(parser.parse_args(arguments))
+    asked = ServerOptions(**{f.name: parsed.pop(f.name) for f in fields(ServerOptions)})
+    if asked.server is not None:
+        return ServerEvaluation(Options(**parsed), asked)
+    if parsed["run"] is None:
         raise ValueError("eval: expected a run folder, got none")
-    options = Options(**vars(parsed))
+    options = Options(**parsed)
     RunFolder.existing(options.run)  # before the directory changes
     checkpoint = None if options.checkpoint is None else str(Path(options.checkpoint).resolve())
     config, trainer, folder, _ = parse(make_parser(), ["--resume", options.run])
@@ -144,6 +154,8 @@ class RunEvaluation:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.options, self.config, self.folder = options, config, folder
+        if config.rollout.engine == "vllm":
+            refuse_missing_vllm()
         self.problems = options.problems or config.evaluation.problems or 128
         torch.set_num_threads(config.threads or fastest_threads(torch.get_num_threads()))
         self.source, self.update, self.policy, tokenizer = _policy(config, folder, checkpoint)
@@ -152,7 +164,11 @@ class RunEvaluation:
         self.collector = Collector(config, config.task, tokenizer)
 
     def run(self) -> None:
-        """Samples, prints the figures, and writes them into the run's folder."""
+        """Samples, prints the figures, and writes them into the run's folder.
+
+        Raises:
+            SystemExit: 3, after a line that says why, where the engine failed.
+        """
         options = self.options
         print(
             f"{self.source}: {options.samples} answers to each of {self.problems} "
@@ -162,11 +178,11 @@ class RunEvaluation:
         started = time.time()
         try:
             groups = self._groups()
+        except Stopped as why:
+            print(f"trimtab-rl: stopped: {why}", file=sys.stderr, flush=True)
+            raise SystemExit(3) from None
         finally:
             self.collector.close()
-        result = evaluation_result(groups, options.ks(), self.config.task)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = self.folder.path / f"eval-{options.split}-{stamp}.json"
         stored = {
             "policy": self.source,
             "update": self.update,
@@ -174,15 +190,13 @@ class RunEvaluation:
             "options": asdict(options) | {"problems": self.problems, "k": options.ks()},
             "seconds": round(time.time() - started, 2),
             "success": f"reward > {SUCCESS}",
-            **result,
+            **evaluation_result(groups, options.ks(), self.config.task),
         }
-        replace_text(path, json.dumps(stored, indent=1))
-        print_evaluation(stored)
-        print(path)
+        store_evaluation(stored, self.folder.path)
 
     def _groups(self) -> list[ScoredGroup]:
         seed = self.config.seed if self.options.seed is None else self.options.seed
-        engine = self._engine()
+        engine = make_engine(self.config.rollout, self.policy, self.folder.path)
         groups: list[ScoredGroup] = []
         chunk = max(1, self.config.rollout.max_rows // self.options.samples)
         told = time.monotonic()
@@ -204,26 +218,6 @@ class RunEvaluation:
         finally:
             engine.close()
         return groups
-
-    def _engine(self) -> RolloutEngine:
-        """The run's engine, as RLModule makes it."""
-        rollout = self.config.rollout
-        dtype = getattr(torch, rollout.dtype)
-        if rollout.servers:
-            return VLLMServerEngine(
-                self.policy,
-                rollout.servers,
-                self.folder.path / "rollout-weights",
-                dtype=dtype,
-                max_rows=rollout.max_rows,
-                timeout=rollout.server_timeout,
-            )
-        return TransformersEngine(
-            self.policy,
-            dtype=dtype,
-            quantize_bits=rollout.quantize_bits,
-            max_rows=rollout.max_rows,
-        )
 
 
 def _policy(
@@ -263,33 +257,3 @@ def _policy(
         raise ValueError(f"--checkpoint: {path} does not fit the run's policy: {wrong[0]}")
     model.load_state_dict(weights)
     return str(path), update, model, tokenizer
-
-
-def print_evaluation(stored: dict[str, Any]) -> None:
-    """Prints the figures.
-
-    Args:
-        stored: as it is written.
-    """
-    console = Console()
-    table = Table(title=f"{stored['split']}, after update {stored['update']}")
-    for column in ("", "value", "standard error", "problems"):
-        table.add_column(column, justify="right" if column else "left")
-    for title, found in stored["results"].items():
-        table.add_row(title, *_cells(Estimate(**found)))
-    console.print(table)
-    for name, groups in stored["by_difficulty"].items():
-        table = Table(title=Text(f"pass@1 by {name}"))
-        for column in (name, "value", "standard error", "problems"):
-            table.add_column(Text(column), justify="right")
-        for label, found in groups.items():
-            table.add_row(Text(label), *_cells(Estimate(**found)))
-        console.print(table)
-    console.print(f"a success is a {stored['success']}; the vote compares final answers as texts")
-    if stored["lost"]:
-        console.print(f"{stored['lost']} answers without a reward are left out")
-
-
-def _cells(found: Estimate) -> list[str]:
-    shown = ["-" if v is None else f"{v:.3f}" for v in (found.value, found.standard_error)]
-    return [*shown, str(found.problems)]

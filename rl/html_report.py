@@ -115,6 +115,8 @@ def _evaluation(found: dict[str, Any]) -> str:
     if not rows:
         return ""
     title = f"trimtab-rl eval: {found.get('split')}, after update {found.get('update')}"
+    if "server" in found:
+        title = f"trimtab-rl eval: {found.get('split')}, {found.get('policy')}"
     return f"<h3>{escape(title)}</h3>" + html_table(rows, ("", "", "standard error"))
 
 

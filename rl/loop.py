@@ -30,6 +30,7 @@ from .collect import Collected, Collector, ScoredGroup, decoded_fraction
 from .config import RLConfig
 from .data import problems_of_update, share_of
 from .engine import TransformersEngine
+from .engines import make_engine
 from .health import HealthWatch
 from .policy_update import PolicyUpdate
 from .ranks import (
@@ -41,7 +42,6 @@ from .ranks import (
 )
 from .rollout import RolloutEngine, refuse_engine
 from .seeds import stable_seed
-from .server_engine import VLLMServerEngine
 from .sharding import full_parameters, is_sharded, shard_policy
 from .tasks import Task
 
@@ -273,22 +273,8 @@ class RLModule(pl.LightningModule):
 
     def _make_engine(self) -> RolloutEngine:
         rollout = self.config.rollout
-        if rollout.servers:
-            return VLLMServerEngine(
-                self.policy,
-                rollout.servers,
-                Path(self.trainer.default_root_dir) / "rollout-weights",
-                dtype=getattr(torch, rollout.dtype),
-                max_rows=rollout.max_rows,
-                timeout=rollout.server_timeout,
-                retries=rollout.server_retries,
-            )
-        return TransformersEngine(
-            self.policy,
-            dtype=getattr(torch, rollout.dtype),
-            quantize_bits=rollout.quantize_bits,
-            max_rows=rollout.max_rows,
-        )
+        folder = Path(self.trainer.default_root_dir)
+        return make_engine(rollout, self.policy, folder, retries=rollout.server_retries)
 
     def _rollout_facts(self, batch: RolloutBatch, collected: Collected) -> dict[str, float]:
         """Means over the rollouts of all processes, exactly."""

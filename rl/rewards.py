@@ -162,7 +162,7 @@ class RewardWorker:
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int] | None],
         columns: Sequence[dict[str, Any]],
     ) -> Scored:
         """Rewards of a batch, in order.
@@ -170,7 +170,7 @@ class RewardWorker:
         Args:
             prompts: one per rollout, texts or lists of messages.
             completions: likewise.
-            completion_ids: completion token ids.
+            completion_ids: completion token ids; None where nobody knows them.
             columns: the problem's columns, one dict per rollout.
 
         Returns:
@@ -180,7 +180,8 @@ class RewardWorker:
         for prompt, text, ids, extra in zip(
             prompts, completions, completion_ids, columns, strict=True
         ):
-            call = dict(prompts=[prompt], completions=[text], completion_ids=[list(ids)])
+            known = None if ids is None else list(ids)
+            call = dict(prompts=[prompt], completions=[text], completion_ids=[known])
             calls.append(call | {key: [value] for key, value in extra.items()})
         answers: list[tuple[str, Any]] = []
         try:

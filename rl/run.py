@@ -46,6 +46,7 @@ from .server_client import ServerFailed
 from .server_engine import check_servers
 from .sharding import full_parameters, stored_buffers
 from .tasks import Task
+from .vllm_engine import refuse_missing_vllm
 from .warmup import warm_up
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class Run:
         config = self.config
         if self.complete:
             return
+        if config.rollout.engine == "vllm":
+            refuse_missing_vllm(self.trainer.world_size)
         cores = (os.cpu_count() or 1) // max(1, self.trainer.num_devices)
         threads = config.threads or fastest_threads(cores)
         torch.set_num_threads(threads)

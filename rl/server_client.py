@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
+import threading
 import time
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 
 _BUSY = (429, 503)
+_T = TypeVar("_T")
 
 
 class ServerFailed(ValueError):
@@ -24,22 +30,26 @@ class Server:
     Args:
         url: `http://host:port` or https, with a path if it stands behind one.
         timeout: seconds for an answer, > 0.
+        key: sent with each request as a bearer token; part of no error. Empty: none is sent.
+        option: name of the url's option, for errors.
 
     Raises:
         ValueError: the url is none, or the timeout not positive.
     """
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, *, key: str = "", option: str = "servers") -> None:
         if not timeout > 0:
             raise ValueError(f"server_timeout: expected seconds > 0, got {timeout}")
-        self.url, self.timeout = url.rstrip("/"), timeout
+        self.url, self.timeout, self._key = url.rstrip("/"), timeout, key
         try:
             parts = urlsplit(self.url)
             self._host, self._port, self._path = parts.hostname, parts.port, parts.path
         except ValueError as error:
-            raise ValueError(f"servers: {url!r}: {error}") from error
+            raise ValueError(f"{option}: {url!r}: {error}") from error
+        if "@" in parts.netloc:  # said without it
+            raise ValueError(f"{option}: expected an address without a name or password in it")
         if parts.scheme not in ("http", "https") or not self._host or parts.query:
-            raise ValueError(f"servers: expected addresses like http://host:8000, got {url!r}")
+            raise ValueError(f"{option}: expected addresses like http://host:8000, got {url!r}")
         secure = parts.scheme == "https"
         self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
 
@@ -65,7 +75,7 @@ class Server:
         where = f"{self.url}{path}"
         for last in (True,) if once else (False, True):
             try:
-                status, text = self._exchange(path, body)
+                status, text, _ = self.exchange(path, body)
             except TimeoutError as error:  # not asked again: it would only be longer
                 raise ConnectionError(f"{where}: no answer within {self.timeout:g} s") from error
             except (OSError, http.client.HTTPException) as error:
@@ -91,15 +101,32 @@ class Server:
             raise ValueError(f"{where}: expected a JSON object, got {text[:200]!r}")
         return answer
 
-    def _exchange(self, path: str, body: Any) -> tuple[int, str]:
-        """Status and text. A socket's timeout is for one read, which a slow server passes."""
+    def hidden(self, text: str) -> str:
+        """A text that may be shown: a server may repeat the key."""
+        return text.replace(self._key, "(the key)") if self._key else text
+
+    def exchange(self, path: str, body: Any = None) -> tuple[int, str, str | None]:
+        """Asks once.
+
+        Args:
+            path: of the endpoint.
+            body: posted as JSON; None gets.
+
+        Returns:
+            The status, the text, and what the header Retry-After says.
+
+        Raises:
+            OSError, HTTPException: no connection, or no whole answer in time.
+        """
+        # a socket's timeout is for one read, which a slow server passes
         deadline = time.monotonic() + self.timeout
         connection = self._connection(self._host, self._port, timeout=self.timeout)
         try:
             method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
-            connection.request(
-                method, self._path + path, data, {"Content-Type": "application/json"}
-            )
+            headers = {"Content-Type": "application/json"}
+            if self._key:
+                headers["Authorization"] = f"Bearer {self._key}"
+            connection.request(method, self._path + path, data, headers)
             response = connection.getresponse()
             parts = []
             while part := response.read1(1 << 20):
@@ -108,6 +135,44 @@ class Server:
                     raise TimeoutError
             if response.length:  # read1 does not say that the connection was cut
                 raise http.client.IncompleteRead(b"".join(parts), response.length)
-            return response.status, b"".join(parts).decode("utf-8", "replace")
+            text = b"".join(parts).decode("utf-8", "replace")
+            return response.status, text, response.getheader("Retry-After")
         finally:
             connection.close()
+
+
+def by_threads(call: Callable[..., _T], jobs: Iterable[tuple[Any, ...]], count: int) -> list[_T]:
+    """call(*job) of each, in order; the first error at once, whatever the others wait for.
+
+    Not a pool: the interpreter waits for its threads before it ends, also after Ctrl-C.
+
+    Args:
+        call: may be called by several threads at a time.
+        jobs: arguments of each call.
+        count: of threads.
+
+    Returns:
+        What the calls returned.
+    """
+    todo = deque((Future(), job) for job in jobs)
+    futures = [future for future, _ in todo]
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                future, job = todo.popleft()
+                try:
+                    future.set_result(call(*job))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    for _ in range(count):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future.done():
+                future.result()
+        return [future.result() for future in futures]
+    finally:
+        todo.clear()

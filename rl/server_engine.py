@@ -26,14 +26,12 @@ import logging
 import math
 import re
 import shutil
-import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,18 +39,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .ranks import world_size
-from .rollout import Capabilities, FinishReason, Request, Sample, Sampling
-from .server_client import Server, ServerFailed
+from .rollout import Capabilities, Request, Sample, Sampling
+from .sampling_checks import LEAST_TEMPERATURE, finish_reason
+from .server_client import Server, ServerFailed, by_threads
 from .sharding import stored_buffers
 
 logger = logging.getLogger(__name__)
 
 _SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
-_LEAST_TEMPERATURE = 0.01  # of vLLM, which raises smaller ones to it
 _NAME = r"\d+-[0-9a-f]{12}"  # of weights that a trainer has sent
 _LOOK_SECONDS = 5.0  # for a server that was away to say that it is back
 _AWAY = (ConnectionError, ServerFailed)
-_T = TypeVar("_T")
 
 
 class VLLMServerEngine:
@@ -159,7 +156,7 @@ class VLLMServerEngine:
             dealt = [ready[(self.rank + n) % len(ready)] for n in range(len(todo))]
             call = self._complete if not retries else self._complete_or_note
             jobs = [(server, requests[i]) for server, i in zip(dealt, todo, strict=True)]
-            found = _by_threads(call, jobs, min(at_once, len(todo)))
+            found = by_threads(call, jobs, min(at_once, len(todo)))
             for server in dict.fromkeys(dealt):
                 if server not in self._away:
                     self._look(server, raises=not retries)
@@ -317,7 +314,8 @@ def check_servers(
         if client.call("/weight_info", missing_ok=True) is None:
             raise ValueError(
                 f"{client.url}: expected vLLM 0.32 or later in dev mode, which can take new "
-                f"weights; start it by `{_SERVE}`"
+                f"weights; start it by `{_SERVE}` (without, a server can answer `trimtab-rl eval "
+                "--server`, not train)"
             )
         for served in (client.call("/v1/models", missing_ok=True) or {}).get("data", []):
             room = served.get("max_model_len")
@@ -368,35 +366,6 @@ def _layers(names: Iterable[str]) -> set[str]:
     return {match[1] for match in found if match}
 
 
-def _by_threads(call: Callable[..., _T], jobs: Iterable[tuple[Any, ...]], count: int) -> list[_T]:
-    """call(*job) of each, in order; the first error at once, whatever the others wait for.
-
-    Not a pool: the interpreter waits for its threads before it ends, also after Ctrl-C.
-    """
-    todo = deque((Future(), job) for job in jobs)
-    futures = [future for future, _ in todo]
-
-    def work() -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                future, job = todo.popleft()
-                try:
-                    future.set_result(call(*job))
-                except BaseException as error:
-                    future.set_exception(error)
-
-    for _ in range(count):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future.done():
-                future.result()
-        return [future.result() for future in futures]
-    finally:
-        todo.clear()
-
-
 def _reload(server: Server, path: Path, name: str) -> None:
     """Waits for what is being sampled, replaces the weights and names them."""
     server.call("/pause?mode=wait&clear_cache=true", {})
@@ -419,9 +388,9 @@ def _check_request(where: str, request: Request) -> None:
         raise ValueError(f"{where}: expected a prompt of at least one token, got none")
     if request.sampling.tree is not None:
         raise ValueError(f"{where}: expected no tree, which a server cannot grow, got one")
-    if 0 < request.sampling.temperature < _LEAST_TEMPERATURE:
+    if 0 < request.sampling.temperature < LEAST_TEMPERATURE:
         raise ValueError(
-            f"{where}: expected a temperature of 0 or >= {_LEAST_TEMPERATURE}, to which vLLM "
+            f"{where}: expected a temperature of 0 or >= {LEAST_TEMPERATURE}, to which vLLM "
             f"raises smaller ones, got {request.sampling.temperature}"
         )
 
@@ -458,7 +427,7 @@ def _samples(
             for choice in choices
         ]
         samples = [
-            Sample(ids, logprobs, _finish(ids, request.sampling), version)
+            Sample(ids, logprobs, finish_reason(ids, request.sampling), version)
             for _, ids, logprobs in rows
         ]
         whole = all(
@@ -479,12 +448,3 @@ def _samples(
             f"{str(answer)[:200]}"
         )
     return samples
-
-
-def _finish(ids: list[int], sampling: Sampling) -> FinishReason:
-    """By the tokens, since only ours may end a rollout."""
-    if ids[-1] in sampling.stop_token_ids:
-        return "stop"
-    if len(ids) == sampling.max_tokens:
-        return "length"
-    raise ValueError(f"ended after {len(ids)} tokens by {ids[-1]}, which is no stop token")

@@ -1,11 +1,13 @@
-"""A server on loopback that speaks the JSON of vLLM, as far as `VLLMServerEngine` uses it.
+"""Servers on loopback: one speaks the JSON of vLLM, as far as `VLLMServerEngine` uses it, the other
+that of OpenAI's API, in text.
 
-Behind it samples a real engine, `TransformersEngine`: what comes back can be compared with what the
-engine gives directly. `tests/test_vllm_server.py` is the same client with vLLM itself.
+Behind them samples a real engine, `TransformersEngine`: what comes back can be compared with what
+the engine gives directly. `tests/test_vllm_server.py` is the same clients with vLLM itself.
 """
 
 from __future__ import annotations
 
+import email.utils
 import json
 import threading
 import time
@@ -42,6 +44,9 @@ class CompletionServer:
         self.url, self.room = "", 64  # tokens of a prompt and its answer
         self.checks = True  # it can hash its weights
         self._one_at_a_time = threading.Lock()
+
+    def authorize(self, headers: Any) -> None:
+        """Raises Refusal where a request may not be answered."""
 
     def answer(self, path: str, body: Any) -> Any:
         self.asked.append(path)
@@ -105,8 +110,104 @@ class CompletionServer:
         return logp.gather(-1, torch.tensor(sample.token_ids)[:, None]).squeeze(-1).tolist()
 
 
+class Refusal(Exception):
+    """An answer with another status than 200."""
+
+    def __init__(self, status: int, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+class OpenAIServer(CompletionServer):
+    """Text in, text out.
+
+    Args:
+        model: copied, in float32.
+        tokenizer: of the model.
+        key: wanted of every request, and repeated in the refusal; empty: none.
+        unknown: parameters that it refuses: `n`, `seed`, `stop`, `top_p`, `max_tokens`.
+        at_once: most answers to a request, whatever its n.
+        names: of the models; None: it keeps no list.
+        tells: how many tokens it sampled.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        key: str = "",
+        unknown: tuple[str, ...] = (),
+        at_once: int = 1000,
+        names: tuple[str, ...] | None = ("tiny",),
+        tells: bool = True,
+    ) -> None:
+        super().__init__(model)
+        self.tokenizer, self.key, self.unknown = tokenizer, key, unknown
+        self.at_once, self.names, self.tells = at_once, names, tells
+        self.bodies: list[dict[str, Any]] = []
+        self.open_at = 0.0  # nobody who was told to wait may ask before
+        self.busy: list[str] = []  # Retry-After of the next refusals
+
+    def authorize(self, headers: Any) -> None:
+        found = headers.get("Authorization")
+        if self.key and found != f"Bearer {self.key}":
+            message = json.dumps({"error": {"message": f"Incorrect API key provided: {found}"}})
+            raise Refusal(401, message)
+
+    def answer(self, path: str, body: Any) -> Any:
+        if path == "/v1/models" and self.names is not None:
+            return {"object": "list", "data": [{"id": name} for name in self.names]}
+        if path not in ("/v1/completions", "/v1/chat/completions"):
+            return None
+        self.bodies.append(body)
+        if time.time() < self.open_at:
+            raise Refusal(400, "asked too early")
+        if self.busy:
+            after = self.busy.pop(0)
+            self.open_at = time.time() + 0.9 * float(after)
+            if after == "2":  # the same, as a date, which has no fractions
+                due = int(time.time()) + 2
+                self.open_at, after = due - 0.1, email.utils.formatdate(due, usegmt=True)
+            raise Refusal(429, "slow down", **{"Retry-After": after})
+        for name in self.unknown:
+            if name in body:
+                better = "; use 'max_completion_tokens'" if name == "max_tokens" else ""
+                error = {"message": f"Unsupported parameter: '{name}'{better}"}
+                raise Refusal(400, json.dumps({"error": error}))
+        chat = path == "/v1/chat/completions"
+        with self._one_at_a_time:
+            return self._texts(body, chat)
+
+    def _texts(self, body: dict[str, Any], chat: bool) -> dict[str, Any]:
+        assert body["model"] in (self.names or ("tiny",))
+        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+        stops = {self.tokenizer.eos_token_id}
+        stops |= {self.tokenizer.encode(s, add_special_tokens=False)[0] for s in self._stops(body)}
+        sampling = Sampling(
+            n=min(body.get("n", 1), self.at_once),
+            max_tokens=body.get("max_tokens") or body["max_completion_tokens"],
+            temperature=body["temperature"],
+            top_p=body.get("top_p", 1.0),
+            seed=body.get("seed", 0),
+            stop_token_ids=tuple(stops),
+        )
+        [group] = self.engine.generate([Request(self.tokenizer.encode(prompt), sampling)])
+        choices = []
+        for i, sample in enumerate(group):
+            ends = sample.finish_reason == "stop"
+            text = self.tokenizer.decode(sample.token_ids[:-1] if ends else sample.token_ids)
+            said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            choices.append({"index": i, "finish_reason": sample.finish_reason, **said})
+        usage = {"completion_tokens": sum(len(sample.token_ids) for sample in group)}
+        return {"choices": choices} | ({"usage": usage} if self.tells else {})
+
+    def _stops(self, body: dict[str, Any]) -> list[str]:
+        return body.get("stop", [])
+
+
 @contextmanager
-def serving(server: CompletionServer, port: int = 0) -> Iterator[CompletionServer]:
+def serving(server: Any, port: int = 0) -> Iterator[Any]:
     """Answers at `server.url` until the block ends; at a free port, or at this one again."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -117,7 +218,7 @@ def serving(server: CompletionServer, port: int = 0) -> Iterator[CompletionServe
             self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def reply(self, body: Any) -> None:
-            completion = self.path == "/v1/completions"
+            completion = self.path.endswith("/completions")
             failure = server.failures.pop(0) if completion and server.failures else ""
             if failure == "cut":
                 return self.connection.close()
@@ -131,7 +232,10 @@ def serving(server: CompletionServer, port: int = 0) -> Iterator[CompletionServe
             if failure.isdigit():
                 return self.send(int(failure), b"the engine is not well")
             try:
+                server.authorize(self.headers)
                 answer = server.answer(self.path, body)
+            except Refusal as refusal:
+                return self.send(refusal.status, str(refusal).encode(), **refusal.headers)
             except ValueError as error:
                 return self.send(500, str(error).encode())
             text = json.dumps(answer).encode()
@@ -150,6 +254,9 @@ def serving(server: CompletionServer, port: int = 0) -> Iterator[CompletionServe
                 choice["token_ids"].pop()
                 choice["logprobs"]["token_logprobs"].pop()
                 text = json.dumps(answer).encode()
+            elif failure == "no text":
+                del answer["choices"][0]["text"]
+                text = json.dumps(answer).encode()
             elif failure == "text":
                 text = b"<html>It works!</html>"
             elif failure == "list":
@@ -161,8 +268,12 @@ def serving(server: CompletionServer, port: int = 0) -> Iterator[CompletionServe
                 return self.connection.close()
             return self.send(404 if answer is None else 200, text)
 
-        def send(self, status: int, text: bytes, promised: int | None = None) -> None:
+        def send(
+            self, status: int, text: bytes, promised: int | None = None, **headers: str
+        ) -> None:
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(promised or len(text)))
             self.end_headers()
             self.wfile.write(text)

@@ -1,19 +1,19 @@
 """Rollouts by a real vLLM server: `make test-vllm` installs vLLM into a folder of its own."""
 
+import json
+
 import pytest
 import torch
+import vllm_cases as cases
 from tiny_run import metrics_of, run_here, write_recipe
+from transformers import AutoTokenizer
 from vllm_server import PYTHON, make_policy, serve
 
-from trimtab.rl.engine import TransformersEngine
 from trimtab.rl.rollout import Request, Sampling
 from trimtab.rl.server_engine import VLLMServerEngine
-from trimtab.stability import response_statistics
+from trimtab.rl.text_server import ServerRefused, TextServer
 
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="TRIMTAB_VLLM is not set: make test-vllm")
-
-PROMPTS = [[5, 17, 3, 9, 11], [8], [2, 2, 30, 31], [14, 7], [1, 3, 5, 7, 9, 11, 13]]
-STOPS = (18, 20)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    options = ("--dtype", "float32", "--logprobs-mode", "processed_logprobs")
+    options = ["--dtype", "float32", "--logprobs-mode", "processed_logprobs"]
+    options += ["--chat-template", "{{ messages[0]['content'] }}"]
     with serve(folder / "policy", *options, log=folder / "log") as url:
         yield url
 
@@ -46,85 +47,21 @@ def engine(url, folder, policy):
     engine.close()
 
 
-def requests(**changes):
-    options = dict(n=4, max_tokens=20, stop_token_ids=STOPS) | changes
-    return [Request(prompt, Sampling(seed=100 * i, **options)) for i, prompt in enumerate(PROMPTS)]
-
-
-@torch.no_grad()
-def trainers(model, prompt, sample, **options):
-    """Log-probs of a sample as the trainer computes them, and its distribution's size."""
-    ids = torch.tensor([[*prompt, *sample.token_ids]])
-    logits = model(ids).logits[:, len(prompt) - 1 : -1]
-    tokens = ids[:, len(prompt) :]
-    return response_statistics(logits, tokens, torch.ones_like(tokens).bool(), **options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "options"),
-    [
-        ({}, {}),
-        ({"temperature": 0.7}, {"temperature": 0.7}),
-        ({"temperature": 1.4, "min_p": 0.3}, {"temperature": 1.4, "prune": 0.3}),
-    ],
-)
+@pytest.mark.parametrize(("changes", "options"), cases.DISTRIBUTIONS)
 def test_log_probs_are_the_trainers(engine, policy, changes, options):
-    asked = requests(**changes)
-    groups = engine.generate(asked)
-    assert engine.generate(asked) == groups, "the seed does not decide"
-    reasons = set()
-    for request, group in zip(asked, groups, strict=True):
-        assert len({tuple(sample.token_ids) for sample in group}) > 1
-        for sample in group:
-            reasons.add(sample.finish_reason)
-            stats = trainers(policy, request.prompt_ids, sample, **options)
-            assert stats.in_safe_set is None or stats.in_safe_set.all()
-            found = torch.tensor(sample.logprobs)
-            torch.testing.assert_close(found, stats.logp[0], atol=1e-4, rtol=0)
-            inside = [token in STOPS for token in sample.token_ids]
-            assert sum(inside) == inside[-1] == (sample.finish_reason == "stop")
-    assert reasons == {"stop", "length"}
+    cases.check_log_probs_are_the_trainers(engine, policy, changes, options)
 
 
 def test_min_p_leaves_out_what_it_should(engine, policy):
-    found = []
-    for min_p in (0.0, 0.5):
-        sampling = Sampling(n=128, max_tokens=1, temperature=2.0, min_p=min_p)
-        [group] = engine.generate([Request(PROMPTS[0], sampling)])
-        found.append({sample.token_ids[0] for sample in group})
-    logits = policy(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    p = (logits.double() / 2.0).softmax(-1)
-    safe = set((p >= 0.5 * p.max()).nonzero().flatten().tolist())
-    plain, pruned = found
-    assert pruned <= safe and not plain <= safe
+    cases.check_min_p_leaves_out_what_it_should(engine, policy)
 
 
 def test_greedy_is_that_of_our_engine(engine, policy):
-    asked = requests(temperature=0.0, n=1)
-    expected = TransformersEngine(policy, dtype=torch.float32).generate(asked)
-    for [found], [sample] in zip(engine.generate(asked), expected, strict=True):
-        assert found.token_ids == sample.token_ids
-        assert found.logprobs == pytest.approx(sample.logprobs, abs=1e-4)
+    cases.check_greedy_is_that_of_our_engine(engine, policy)
 
 
 def test_new_weights_are_sampled_from_and_no_cache_is_left(engine, policy):
-    # a block of the cache on a CPU has 128 tokens: the last prompt fills one
-    long = Request([3 + i % 20 for i in range(200)], Sampling(n=4, max_tokens=20))
-    asked = [*requests(), long]
-    before = engine.generate(asked)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    engine.update_weights(policy.named_parameters(), 3)
-    groups = engine.generate(asked)
-    for old, new in zip(before, groups, strict=True):
-        assert [sample.token_ids for sample in old] != [sample.token_ids for sample in new]
-    for request, group in zip(asked, groups, strict=True):
-        for sample in group:
-            assert sample.version == 3
-            logp = trainers(policy, request.prompt_ids, sample).logp[0]
-            torch.testing.assert_close(torch.tensor(sample.logprobs), logp, atol=1e-4, rtol=0)
+    cases.check_new_weights_are_sampled_from_and_no_cache_is_left(engine, policy)
 
 
 def test_trimtab_rl_trains_on_it(url, folder):
@@ -146,9 +83,44 @@ def test_trimtab_rl_trains_on_it(url, folder):
         assert row["skipped_updates"] == 0 and row["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_it_answers_an_evaluation_in_text(engine, url, folder, chat):
+    recipe = write_recipe(folder, {"policy.path": str(folder / "policy")})
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    client = TextServer(f"{url}/v1", chat=chat, timeout=300)
+    client.choose(None)
+    assert client.model == str(folder / "policy")
+    stops = (tokenizer.eos_token_id, *tokenizer.encode(";", add_special_tokens=False))
+    options = dict(n=6, max_tokens=20, temperature=1.3, seed=2**62)
+    found = client.answers("1ab2c", stop=";", **options)
+    sampling = Sampling(stop_token_ids=stops, **options)
+    # the template of the chat has no token that begins a text
+    prompt = tokenizer.encode("1ab2c", add_special_tokens=not chat)
+    [group] = engine.generate([Request(prompt, sampling)])
+    ends = [sample.finish_reason == "stop" for sample in group]
+    texts = [
+        tokenizer.decode(s.token_ids[:-1] if end else s.token_ids, skip_special_tokens=True)
+        for s, end in zip(group, ends, strict=True)
+    ]
+    assert found.texts == texts and len(set(texts)) > 1
+    assert found.tokens == sum(len(sample.token_ids) for sample in group)
+    assert found.cut == 6 - sum(ends)
+    for path in folder.glob("eval-*.json"):
+        path.unlink()
+    arguments = ["eval", "--config", recipe, "--server", url, "--samples", "4"]
+    run_here(arguments + ["--chat"] * chat, folder)
+    [path] = folder.glob("eval-*.json")
+    stored = json.loads(path.read_text())
+    assert stored["lost"] == 0 and len(stored["per_problem"]) == 4
+    assert stored["policy"] == f"{folder / 'policy'} at {url}/v1"
+    assert max(problem["different_answers"] for problem in stored["per_problem"]) > 1
+    with pytest.raises(ServerRefused, match=f"does not serve 'x'; it serves: {folder / 'policy'}"):
+        client.choose("x")
+
+
 def test_bad_requests_and_a_server_with_raw_log_probs_are_refused(engine, folder, policy):
     with pytest.raises(ValueError, match=r"/v1/completions: expected HTTP 200, got 400: .*256"):
-        engine.generate(requests(max_tokens=400))
+        engine.generate(cases.requests(max_tokens=400))
     with pytest.raises(ValueError, match="out of vocabulary"):
         engine.generate([Request([32], Sampling())])
     with serve(folder / "policy", "--dtype", "float32", log=folder / "raw-log") as raw:
@@ -162,3 +134,4 @@ def test_bad_requests_and_a_server_with_raw_log_probs_are_refused(engine, folder
 # * server_engine.py: ignore_eos False (with eos among no stop tokens: it ends early and is refused)
 # * server_engine.py: without /collective_rpc
 # * server_engine.py: the probe passes
+# * text_server.py: without seed, or with max_tokens + 1, in the body
