@@ -25,6 +25,7 @@ _HOMES = {
         "PolicyConfig",
         "RLConfig",
         "RecordConfig",
+        "LoraConfig",
         "RolloutConfig",
         "VLLMConfig",
     ),

@@ -18,16 +18,48 @@ Action = Literal["skip", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft): the policy's own weights stay as they are.
+
+    The engine, and the run's `policy/`, get weights with the adapters merged in; `adapter/` has
+    them in peft's format. Checkpoints hold the adapters, and a hash of the base.
+
+    Args:
+        r: their rank.
+        alpha: their product is scaled by alpha / r.
+        dropout: 0: with it the trainer's log-probs would be those of another network than the one
+            that made the rollouts, at every token another.
+        target_modules: names of the linear layers that get one, as peft takes them,
+            `[q_proj, v_proj]`; null: all of them but the output head.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "policy.lora.r", "a rank >= 1", self.r)
+        require(self.alpha > 0, "policy.lora.alpha", "a number > 0", self.alpha)
+        expected = "0, so that trainer and engine compute the same network"
+        require(self.dropout == 0, "policy.lora.dropout", expected, self.dropout)
+        expected = "names of linear layers, or null for all"
+        require(self.target_modules != (), "policy.lora.target_modules", expected, "none")
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
-    """Where the policy comes from; exactly one of the two.
+    """Where the policy comes from, exactly one of the two; and what of it is trained.
 
     Args:
         path: local folder in the transformers format (model and tokenizer).
         warmup: build a small Llama by supervised training on the task's documents.
+        lora: train adapters on it; null trains all its weights.
     """
 
     path: str | None = None
     warmup: WarmupConfig | None = None
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("path", "warmup") if getattr(self, name) is not None]
@@ -313,6 +345,9 @@ class RLConfig:
         expected = "a model for the loss imitation" if imitates else "null without imitation"
         require(imitates == (self.teacher is not None), "teacher", expected, self.teacher)
         expected = "false with the loss imitation, whose dense part nothing corrects"
+        if self.teacher is not None:
+            given = self.teacher.lora
+            require(given is None, "teacher.lora", "null: a teacher is not trained", given)
         ahead = self.rollout.asynchronous
         require(not (imitates and ahead), "rollout.asynchronous", expected, ahead)
         grown = self.rollout.tree is not None

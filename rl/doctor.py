@@ -48,7 +48,11 @@ PIECES = (
     Piece("tensorboard", "TensorBoard events of a run", RL),
     Piece("reasoning-gym", "its generators as tasks (ReasoningGymTask, ChainSumTask)", RL),
     Piece("lightning", "callbacks in the namespace lightning", "pip install lightning"),
-    Piece("peft", "LoRA policies in SharedPrefix and TRL", "pip install peft"),
+    Piece(
+        "peft",
+        "policies with adapters (policy.lora), in SharedPrefix and TRL",
+        "pip install 'trimtab[lora]'",
+    ),
     Piece("accelerate", "transformers' Trainer, which it needs", "pip install accelerate"),
     Piece("trl", "trimtab.integrations.trl", "pip install 'trimtab[trl]'"),
     Piece("verl", "trimtab.integrations.verl", "pip install 'trimtab[verl]'"),

@@ -103,21 +103,20 @@ class TransformersEngine:
         """Copies new weights in, cast to the engine's dtype and rounded if it rounds.
 
         Args:
-            named_tensors: (checkpoint name, tensor) pairs; every name must exist here.
+            named_tensors: (checkpoint name, tensor) pairs; every name must exist here. One at a
+                time: what is gathered or merged for it needs no memory together.
             version: number the following samples carry.
 
         Raises:
-            ValueError: a name is unknown or a shape differs (nothing is copied then).
+            ValueError: a name is unknown or a shape differs; what came before it is copied.
         """
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        new = list(named_tensors)
-        for name, tensor in new:
+        for name, tensor in named_tensors:
             if name not in own or own[name].shape != tensor.shape:
                 expected = tuple(own[name].shape) if name in own else "no such weight"
                 raise ValueError(
                     f"named_tensors: {name} is {tuple(tensor.shape)}, here: {expected}"
                 )
-        for name, tensor in new:
             own[name].copy_(tensor)
         if self.quantize_bits is not None:
             quantize_weights_(self.model, self.quantize_bits)

@@ -28,11 +28,13 @@ from .engines import make_engine
 from .evaluate_server import ServerEvaluation, ServerOptions
 from .evaluation_output import store_evaluation
 from .health import Stopped
+from .lora import add_adapters, fingerprint, is_adapter, refuse_other_base
 from .machine import fastest_threads
 from .pass_at_k import SUCCESS
 from .recording import RunFolder
 from .run import load_policy, updates_of
 from .seeds import stable_seed
+from .sharding import full_parameters
 from .vllm_engine import refuse_missing_vllm
 
 
@@ -196,12 +198,12 @@ class RunEvaluation:
 
     def _groups(self) -> list[ScoredGroup]:
         seed = self.config.seed if self.options.seed is None else self.options.seed
-        engine = make_engine(self.config.rollout, self.policy, self.folder.path)
+        engine = make_engine(self.config.rollout, base_view(self.policy), self.folder.path)
         groups: list[ScoredGroup] = []
         chunk = max(1, self.config.rollout.max_rows // self.options.samples)
         told = time.monotonic()
         try:
-            engine.update_weights(self.policy.named_parameters(), self.update)
+            engine.update_weights(full_parameters(self.policy), self.update)
             for first in range(0, self.problems, chunk):
                 numbers = range(first, min(first + chunk, self.problems))
                 groups += self.collector.collect(
@@ -245,8 +247,16 @@ def _policy(
             f"{type(broken).__name__}"
         ) from broken
     model, tokenizer = load_policy(config.policy, config.task)
-    stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    stored = checkpoint["state_dict"]
     weights = {n.removeprefix("policy."): t for n, t in stored.items() if n.startswith("policy.")}
+    if config.policy.lora is not None:
+        base = checkpoint["trimtab"].get("base")
+        if base is not None:
+            refuse_other_base(base, fingerprint(model), config.policy.path)
+        add_adapters(model, config.policy.lora, 0)
+        frozen = {n: t for n, t in model.state_dict().items() if not is_adapter(n)}
+        weights = frozen | weights
     own = model.state_dict()
     wrong = sorted(
         name

@@ -32,6 +32,14 @@ from .data import problems_of_update, share_of
 from .engine import TransformersEngine
 from .engines import make_engine
 from .health import HealthWatch
+from .lora import (
+    add_adapters,
+    base_view,
+    copy_of_trained,
+    fingerprint,
+    is_adapter,
+    refuse_other_base,
+)
 from .policy_update import PolicyUpdate
 from .ranks import (
     check_shares,
@@ -61,7 +69,7 @@ class RLModule(pl.LightningModule):
 
     Args:
         config: the run.
-        policy: causal LM; trained in the dtype it comes in.
+        policy: causal LM; trained in the dtype it comes in. Gets the adapters of policy.lora.
         tokenizer: turns prompts into ids once, and completions into text for the reward.
         task: gives the reward function and the stop text.
         teacher: of the loss imitation, with the policy's vocabulary; else None.
@@ -81,6 +89,11 @@ class RLModule(pl.LightningModule):
         # The update accumulates over parts of the batch and may take several steps.
         self.automatic_optimization = False
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        lora = config.policy.lora
+        self.base_sha256: str | None = None  # of what checkpoints then leave out
+        if lora is not None:
+            self.base_sha256 = fingerprint(policy)
+            add_adapters(policy, lora, stable_seed(config.seed, "lora"))
         self.policy.eval()  # dropout would make the trainer's log-probs differ from the engine's
         self.updates_done = 0
         self.skipped_updates = 0
@@ -91,7 +104,8 @@ class RLModule(pl.LightningModule):
         self.collector = Collector(config, task, tokenizer)
         self.reference: PreTrainedModel | None = None  # its weights are part of the checkpoint
         if config.update.reference is not None:
-            self.reference = copy.deepcopy(policy).eval().requires_grad_(False)
+            copied = copy.deepcopy(policy) if lora is None else copy_of_trained(policy)
+            self.reference = copied.eval().requires_grad_(False)
         object.__setattr__(self, "teacher", teacher)  # its weights are not
         if teacher is not None:
             teacher.eval().requires_grad_(False)
@@ -109,7 +123,7 @@ class RLModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses what would not be exact, also for those who use the module without `Run`."""
-        refuse_strategy(self.trainer.strategy, self.config.update)
+        refuse_strategy(self.trainer.strategy, self.config.update, self.config.policy.lora)
         refuse_precision(self.trainer.precision)
         check_shares(self.config.rollout.prompts, self.trainer.world_size)
 
@@ -181,10 +195,17 @@ class RLModule(pl.LightningModule):
                 dist.all_gather_object(of_ranks, own)
             state["pending"] = of_ranks
             state["budgets"] = self._budgets
+        if self.base_sha256 is not None:
+            state["base"] = {"sha256": self.base_sha256, "path": self.policy.name_or_path}
+            checkpoint["state_dict"] = self.stored_weights()
         checkpoint["trimtab"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["trimtab"]
+        self.refuse_base(checkpoint)
+        if self.base_sha256 is not None:  # it is strict about what is missing
+            frozen = {n: t for n, t in self.state_dict().items() if not is_adapter(n)}
+            checkpoint["state_dict"] = frozen | checkpoint["state_dict"]
         self.updates_done, self.skipped_updates = state["updates_done"], state["skipped_updates"]
         if self.success_rates is not None:
             self.success_rates.load_state_dict(state["success_rates"])
@@ -213,6 +234,26 @@ class RLModule(pl.LightningModule):
         self.on_load_checkpoint(checkpoint)
         self.ahead.drop()  # of problems that are done
         self.updates_done, self.skipped_updates, self._budgets = kept
+
+    def stored_weights(self) -> dict[str, torch.Tensor]:
+        """Tensors of a checkpoint by name: all, or with policy.lora those of the adapters."""
+        state = self.state_dict()
+        if self.base_sha256 is None:
+            return state
+        return {name: tensor for name, tensor in state.items() if is_adapter(name)}
+
+    def refuse_base(self, checkpoint: dict[str, Any]) -> None:
+        """Raises unless a checkpoint that leaves out the frozen base was made on this one.
+
+        Args:
+            checkpoint: of Lightning, with the state that `on_save_checkpoint` adds.
+
+        Raises:
+            ValueError: another base.
+        """
+        base = checkpoint["trimtab"].get("base")
+        if base is not None and self.base_sha256 is not None:
+            refuse_other_base(base, self.base_sha256, self.policy.name_or_path)
 
     def training_step(self, batch: tuple[int, list[int]], batch_index: int) -> None:
         """One update: rollouts of these problems, their rewards, and the optimizer's steps."""
@@ -274,7 +315,7 @@ class RLModule(pl.LightningModule):
     def _make_engine(self) -> RolloutEngine:
         rollout = self.config.rollout
         folder = Path(self.trainer.default_root_dir)
-        return make_engine(rollout, self.policy, folder, retries=rollout.server_retries)
+        return make_engine(rollout, base_view(self.policy), folder, retries=rollout.server_retries)
 
     def _rollout_facts(self, batch: RolloutBatch, collected: Collected) -> dict[str, float]:
         """Means over the rollouts of all processes, exactly."""

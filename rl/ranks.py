@@ -14,19 +14,23 @@ from pytorch_lightning.strategies import (
     Strategy,
 )
 
+from .config import LoraConfig
 from .update_config import UpdateConfig
 
 
-def refuse_strategy(strategy: Strategy, update: UpdateConfig) -> None:
+def refuse_strategy(
+    strategy: Strategy, update: UpdateConfig, lora: LoraConfig | None = None
+) -> None:
     """Raises for a strategy under which the update would not equal that of one process.
 
     Args:
         strategy: the trainer's: a single device, DDP, or ModelParallelStrategy for FSDP2.
         update: its head, reference and loss.
+        lora: adapters of the policy, or None.
 
     Raises:
         ValueError: another strategy, or one that shards in two dimensions or writes sharded
-            checkpoints, or FSDP2 with a fused head, a reference or a teacher.
+            checkpoints, or FSDP2 with a fused head, adapters, a reference or a teacher.
     """
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         return
@@ -39,6 +43,11 @@ def refuse_strategy(strategy: Strategy, update: UpdateConfig) -> None:
         raise ValueError(
             "trainer.strategy: expected ModelParallelStrategy with data_parallel_size = devices, "
             "tensor_parallel_size = 1 and save_distributed_checkpoint = false"
+        )
+    if lora is not None:
+        raise ValueError(
+            "policy.lora: expected null under FSDP2, whose shards are not merged for the rollouts, "
+            f"got {lora}; use ddp, where only the adapters have gradients and an optimizer's state"
         )
     if update.head == "fused":
         raise ValueError(

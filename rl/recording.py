@@ -143,6 +143,7 @@ class RunFolder:
         self.page = path / "report.html"
         self.checkpoints = path / "checkpoints"
         self.policy = path / "policy"
+        self.adapter = path / "adapter"
 
     @classmethod
     def fresh(cls, run_dir: str | None, name: str) -> RunFolder:

@@ -29,6 +29,7 @@ from .evaluation import evaluate
 from .health import Stopped
 from .html_report import write_html_report
 from .loop import RLModule
+from .lora import base_view, save_adapter
 from .machine import environment, fastest_threads
 from .prefix_support import refuse_unsupported
 from .ranks import check_shares, refuse_precision, refuse_strategy
@@ -90,7 +91,7 @@ class Run:
             self.updates_done
         )
         self.trainer = self._trainer(dict(trainer_options))
-        refuse_strategy(self.trainer.strategy, config.update)
+        refuse_strategy(self.trainer.strategy, config.update, config.policy.lora)
         refuse_precision(self.trainer.precision)
         check_shares(config.rollout.prompts, self.trainer.world_size)
         if not isinstance(config.task, Task):
@@ -215,7 +216,10 @@ class Run:
             self.module.teardown("fit")  # Lightning leaves it out after an error
         # where max_steps or max_time stopped the run, or for a continuation with more updates
         self.checkpoints.save(self.trainer, self.module)
-        weights = dict(full_parameters(self.module.policy))  # all ranks, if it is sharded
+        weights = {}
+        for name, tensor in full_parameters(self.module.policy):  # all ranks, if it is sharded
+            if rank_zero_only.rank == 0:  # gathered or merged: not all of it on the device
+                weights[name] = tensor.cpu()
         if rank_zero_only.rank == 0:
             self._finish(weights)
 
@@ -286,8 +290,11 @@ class Run:
             return
         with replaced_folder(folder.policy) as unfinished:
             weights |= stored_buffers(module.policy)
-            module.policy.save_pretrained(unfinished, state_dict=weights)
+            base_view(module.policy).save_pretrained(unfinished, state_dict=weights)
             module.tokenizer.save_pretrained(unfinished)
+        if (lora := self.config.policy.lora) is not None:
+            with replaced_folder(folder.adapter) as unfinished:
+                save_adapter(module.policy, lora, unfinished)
         summary["updates"] = module.updates_done  # last: it says that the run is finished
         replace_text(folder.summary, json.dumps(summary, indent=1))
         self._write_page()  # it says that the run is finished, so it comes last
@@ -533,10 +540,12 @@ def check_checkpoint(path: Path, module: RLModule) -> None:
         module: as configured.
 
     Raises:
-        ValueError: a weight is missing, unknown or of another shape.
+        ValueError: a weight is missing, unknown or of another shape, or the adapters that it holds
+            were trained on another base.
     """
-    own = module.state_dict()
-    stored = torch.load(path, map_location="meta", weights_only=True)["state_dict"]
+    own = module.stored_weights()
+    checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    stored = checkpoint["state_dict"]
     for name in sorted(own.keys() | stored.keys()):
         expected = tuple(own[name].shape) if name in own else "no such weight"
         found = tuple(stored[name].shape) if name in stored else "nothing"
@@ -544,3 +553,4 @@ def check_checkpoint(path: Path, module: RLModule) -> None:
             raise ValueError(
                 f"resume: {path} does not fit: {name}: expected {expected}, got {found}"
             )
+    module.refuse_base(checkpoint)

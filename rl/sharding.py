@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .lora import has_adapters, merged_parameters
+
 
 def shard_policy(policy: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shards a policy in place, each decoder layer as a unit of its own.
@@ -45,8 +47,12 @@ def full_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         policy: sharded or not.
 
     Yields:
-        (name, tensor); gathered for the occasion where the parameter is sharded.
+        (name, tensor); gathered for the occasion where the parameter is sharded, and with the
+        policy's adapters, if it has any, merged in.
     """
+    if has_adapters(policy):
+        yield from merged_parameters(policy)
+        return
     for name, parameter in policy.named_parameters():
         whole = parameter.detach()
         yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
@@ -63,7 +69,7 @@ def stored_buffers(policy: PreTrainedModel) -> dict[str, Tensor]:
     """
     # not by state_dict: FSDP2 reshards in it, and the first process calls this alone
     return {
-        f"{path}.{name}".lstrip("."): buffer
+        f"{path}.{name}".lstrip(".").replace(".base_layer.", "."): buffer
         for path, module in policy.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set

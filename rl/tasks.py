@@ -76,9 +76,12 @@ class ReasoningGymTask(Task):
         seed: of the training problems; held-out problems come from another seed.
         tool: what rollouts may call, and how; null: nothing. The answer is looked for in what the
             policy wrote and what it got in reply.
+        shots: solved examples before each question, drawn anew for each problem.
+        shot: text of one, with `{question}` and `{answer}`; they stand before the template's text.
 
     Raises:
-        ValueError: no such generator (with the nearest names), or it refuses a parameter.
+        ValueError: no such generator (with the nearest names), or it refuses a parameter; or texts
+            without what they must hold.
     """
 
     def __init__(
@@ -91,23 +94,36 @@ class ReasoningGymTask(Task):
         stop: str = "",
         seed: int = 0,
         tool: ToolUse | None = None,
+        shots: int = 0,
+        shot: str = "{question}\n{answer}\n",
     ) -> None:
         if "{question}" not in template:
             raise ValueError(f"template: expected a text with {{question}}, got {template!r}")
+        if shots < 0:
+            raise ValueError(f"shots: expected a count >= 0, got {shots}")
+        if "{question}" not in shot or "{answer}" not in shot:
+            raise ValueError(
+                f"shot: expected a text with {{question}} and {{answer}}, got {shot!r}"
+            )
         self.name, self.params, self.template = name, dict(params or {}), template
         self.answer_after, self.threshold = answer_after, threshold
         self.stop, self.seed, self.tool = stop, seed, tool
+        self.shots, self.shot = shots, shot
         self._sets = {
-            "train": _reasoning_gym_set(name, self.params, seed * SEED_STRIDE),
-            "heldout": _reasoning_gym_set(name, self.params, seed * SEED_STRIDE + HELDOUT_OFFSET),
+            stream: _reasoning_gym_set(name, self.params, seed * SEED_STRIDE + offset)
+            for stream, offset in STREAMS.items()
+            if shots or not stream.endswith("shots")
         }
 
     def entry(self, split: Split, index: int) -> dict[str, Any]:
         """The generator's own entry number `index` (question, answer, metadata)."""
-        entries = self._sets[split]
+        return self._entry(split, index)
+
+    def _entry(self, stream: str, index: int) -> dict[str, Any]:
+        entries = self._sets[stream]
         index %= len(entries)
         state = random.getstate()
-        random.seed(f"{self.seed}/{split}/{index}")  # list_functions draws from the global one
+        random.seed(f"{self.seed}/{stream}/{index}")  # list_functions draws from the global one
         try:
             return entries[index]
         finally:
@@ -117,7 +133,18 @@ class ReasoningGymTask(Task):
         """Problem number `index` >= 0 of `train` or `heldout`."""
         entry = self.entry(split, index)
         prompt = self.template.replace("{question}", entry["question"])
-        return Problem(f"{split}/{index}", prompt, {"entry": entry})
+        examples = "".join(self._examples_of(split, index, entry))
+        return Problem(f"{split}/{index}", examples + prompt, {"entry": entry})
+
+    def _examples_of(self, split: Split, index: int, entry: dict[str, Any]) -> list[str]:
+        """Solved examples before an entry, none of which asks the same."""
+        candidates = 2 * self.shots  # where a generator knows few questions, some are the same
+        drawn = [self._entry(f"{split} shots", index * candidates + i) for i in range(candidates)]
+        others = [example for example in drawn if example["question"] != entry["question"]]
+        return [
+            self.shot.replace("{question}", e["question"]).replace("{answer}", str(e["answer"]))
+            for e in others[: self.shots]
+        ]
 
     def reward_function(self) -> RewardFunction:
         """The generator's own `score_answer`, thresholded."""
@@ -127,6 +154,12 @@ class ReasoningGymTask(Task):
 # reasoning-gym makes entry i from seed + i: neighbouring seeds would share all entries but one.
 SEED_STRIDE = 4_000_037
 HELDOUT_OFFSET = SEED_STRIDE // 2
+STREAMS = {
+    "train": 0,
+    "heldout": HELDOUT_OFFSET,
+    "train shots": SEED_STRIDE // 4,
+    "heldout shots": HELDOUT_OFFSET + SEED_STRIDE // 4,
+}
 ENDLESS = 2**31 - 1  # reasoning-gym makes entry i from (seed, i) on demand, so a set has no cost,
 # but for these, which prepare all their entries at once: they start over after so many.
 PREPARED = dict.fromkeys(("acre", "gsm_symbolic", "list_functions", "word_ladder"), 2_000)

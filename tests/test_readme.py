@@ -1,6 +1,7 @@
 """What README shows runs as it stands."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,10 @@ def test_own_prompts_and_reward_train(tmp_path):
 def test_commands_name_what_exists():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     commands = [
-        line.split("#")[0].split() for block in SHELL for line in block.splitlines() if line
+        words
+        for block in SHELL
+        for line in block.replace("\\\n", " ").splitlines()
+        if (words := shlex.split(line, comments=True))
     ]
     assert all(c[1] in targets for c in commands if c[0] == "make")
     from trimtab.rl.cli import make_parser, parse

@@ -243,6 +243,50 @@ def test_questions_examples_and_documents_come_from_streams_of_their_own():
     assert min(b - a for a, b in zip(starts, starts[1:])) > 2_000_000
 
 
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def test_shots_stand_before_the_question_and_never_ask_it():
+    texts = {"template": "Q {question}\nA ", "shot": "Q {question}\nA {answer}\n"}
+    task = ReasoningGymTask("chain_sum", SUMS, **texts, shots=5)
+    plain = ReasoningGymTask("chain_sum", SUMS, **texts)
+    prompts = {s: [task.problem(s, i) for i in range(300)] for s in ("train", "heldout")}
+    for split, problems in prompts.items():
+        for i, problem in enumerate(problems):
+            bare = plain.problem(split, i)
+            assert problem.prompt.endswith(bare.prompt) and problem.columns == bare.columns
+            shots = problem.prompt.removesuffix(bare.prompt).splitlines()
+            assert len(shots) == 10
+            for question, answer in zip(shots[::2], shots[1::2]):
+                left, sign, right = question.removesuffix(" =").split()[-3:]
+                total = int(left) + int(right) * (1 if sign == "+" else -1)
+                assert answer == f"A {total}"
+            assert bare.prompt.splitlines()[0] not in shots
+    first = [
+        problem.prompt.splitlines()[0] for problems in prompts.values() for problem in problems
+    ]
+    assert len(set(first)) > 100, "drawn for each problem"
+    assert task.problem("train", 7) == task.problem("train", 7)
+
+
+def test_shots_come_from_streams_of_their_own():
+    tasks = [ReasoningGymTask("chain_sum", SUMS, shots=2, seed=seed) for seed in (0, 1)]
+    starts = sorted(entries.seed for task in tasks for entries in task._sets.values())
+    assert len(starts) == 8 and min(b - a for a, b in zip(starts, starts[1:])) > 1_000_000
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shots": -1}, r"shots: expected a count >= 0, got -1"),
+        ({"shot": "{question}"}, r"shot: expected a text with \{question\} and \{answer\}, got"),
+    ],
+)
+def test_shots_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReasoningGymTask("chain_sum", SUMS, **options)
+
+
 def test_documents_follow_their_styles():
     task = ChainSumTask(shots=3)
     documents = [task.document(i, Styles(worked=0.5, checked=0.25)) for i in range(200)]

@@ -268,7 +268,7 @@ class SaveGradients(pl.Callback):
     """Saves each rank's gradient before every optimizer step, in the run's folder."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        grads = [p.grad for p in module.policy.parameters()]
+        grads = [p.grad for p in module.policy.parameters() if p.requires_grad]
         grads = [(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads]
         folder = Path(trainer.default_root_dir) / "gradients"
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,8 @@ class PoisonSomeGradients(pl.Callback):
 
     def on_after_backward(self, trainer, module):
         if module.updates_done in self.updates:
-            next(module.policy.parameters()).grad.view(-1)[0] = float("nan")
+            trained = (p for p in module.policy.parameters() if p.requires_grad)
+            next(trained).grad.view(-1)[0] = float("nan")
 
 
 class PoisonSomeSteps(PoisonSomeGradients):
