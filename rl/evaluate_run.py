@@ -28,7 +28,7 @@ from .engines import make_engine
 from .evaluate_server import ServerEvaluation, ServerOptions
 from .evaluation_output import store_evaluation
 from .health import Stopped
-from .lora import add_adapters, fingerprint, is_adapter, refuse_other_base
+from .lora import add_adapters, base_view, fingerprint, is_adapter, refuse_other_base
 from .machine import fastest_threads
 from .pass_at_k import SUCCESS
 from .recording import RunFolder
