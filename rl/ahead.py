@@ -78,12 +78,8 @@ class RolloutsAhead:
         return found, time.perf_counter() - started
 
     def drop(self) -> None:
-        """Forgets the rollouts, once whatever makes them has let go of its engine.
-
-        Raises:
-            Exception: what the thread raised.
-        """
-        self.wait()
+        """Forgets the rollouts, also failed ones, once what makes them has let go of its engine."""
+        self._wait()
         self.update, self._outcome = None, []
 
     def close(self, seconds: float = 5.0) -> None:

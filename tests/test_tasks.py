@@ -273,6 +273,13 @@ def test_shots_come_from_streams_of_their_own():
     tasks = [ReasoningGymTask("chain_sum", SUMS, shots=2, seed=seed) for seed in (0, 1)]
     starts = sorted(entries.seed for task in tasks for entries in task._sets.values())
     assert len(starts) == 8 and min(b - a for a, b in zip(starts, starts[1:])) > 1_000_000
+    many = {"min_terms": 4, "max_terms": 4, "min_digits": 3, "max_digits": 3}
+    task = ReasoningGymTask("chain_sum", many, template="{question}\n", shots=3)
+    texts = [[task.problem(split, i).prompt for i in range(50)] for split in ("train", "heldout")]
+    shown = [{line for text in split for line in text.splitlines()[:-2:2]} for split in texts]
+    asked = {task.entry(split, i)["question"] for split in ("train", "heldout") for i in range(300)}
+    assert [len(split) for split in shown] == [150, 150] and not shown[0] & shown[1]
+    assert not asked & (shown[0] | shown[1])
 
 
 @pytest.mark.parametrize(
