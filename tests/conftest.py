@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import importlib
+import logging
 import pkgutil
 
 import pytest
@@ -53,3 +54,12 @@ def poison_uninitialised_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def no_handler_outlives_its_stream():
+    """`trimtab-rl` in this process logs to the stderr that a test captures and closes."""
+    yield
+    for handler in list(logging.root.handlers):
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
