@@ -373,6 +373,7 @@ def test_help_documents_every_field(capfd):
         "update.reference",
         "rollout.budget",
         "rollout.tree",
+        "rollout.vllm",
         "policy.warmup",
         "policy.lora",
         "teacher",

@@ -51,6 +51,7 @@ def test_a_run_in_forty_columns_draws_and_ends_well(tmp_path):
     assert any(line.startswith("run folder: out") for line in lines[-3:])
 
 
+@pytest.mark.slow
 def test_a_run_with_a_warm_up_shows_its_bar_first(tmp_path):
     recipe = {
         "task": {"class_path": "trimtab.rl.ChainSumTask", "init_args": {"shots": 1}},
@@ -74,6 +75,7 @@ def test_a_run_with_a_warm_up_shows_its_bar_first(tmp_path):
     assert bar < first and any(line.startswith("RL 2/2 ") for line in lines)
 
 
+@pytest.mark.slow
 def test_ctrl_c_typed_into_the_terminal(tmp_path):
     write_recipe(tmp_path, {"updates": 100_000, "evaluation.problems": 0})
     terminal = Terminal(["--config", "recipe.yaml", "--run_dir", "out"], tmp_path, columns=80)

@@ -150,6 +150,7 @@ def test_what_must_not_be_lost_stops_the_run_and_it_goes_on(
     assert_same_run(disk / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together(tmp_path, small_disk):
     """Only the first one writes; the second must not wait for it for ever."""
     disk = small_disk(tmp_path / "disk", 3000)
@@ -195,6 +196,7 @@ def test_transcripts_and_tensorboard_are_lost_alone(tmp_path, small_disk, capsys
     assert seen >= {5, 6, 10, 11, 12} and not seen & {8, 9}
 
 
+@pytest.mark.slow
 def test_an_evaluation_or_a_policy_that_cannot_be_written_is_made_up_for(
     tmp_path, small_disk, capsys
 ):

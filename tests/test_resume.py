@@ -86,7 +86,13 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(uninterrupted)
         assert (folder / "late" / "policy" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=[] if m in ("reval", "asynchronous") else pytest.mark.slow)
+        for m in METHODS
+    ],
+)
 def test_each_method_goes_on_as_if_it_had_not_been_stopped(uninterrupted, method):
     """Buffers, rates, references and rollouts on their way are in the checkpoint."""
     folder = uninterrupted
@@ -104,6 +110,7 @@ def test_each_method_goes_on_as_if_it_had_not_been_stopped(uninterrupted, method
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_two_trainers_do_not_share_a_folder(uninterrupted):
     folder = uninterrupted
     recipe = folder / "recipe.yaml"

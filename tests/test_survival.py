@@ -40,10 +40,9 @@ def undisturbed(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["default", *SLOW])
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))]
-)
+@pytest.mark.parametrize("seed", range(6))
 def test_killed_at_any_moment(undisturbed, case, seed):
     """Four times, the later ones in runs that were resumed."""
     folder, recipe, total = undisturbed(case)
