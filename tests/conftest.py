@@ -58,8 +58,11 @@ def poison_uninitialised_memory(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_handler_outlives_its_stream():
-    """`trimtab-rl` in this process logs to the stderr that a test captures and closes."""
-    yield
-    for handler in list(logging.root.handlers):
-        if type(handler) is logging.StreamHandler:
-            logging.root.removeHandler(handler)
+    """What first logs, or imports Lightning, in a test has the stderr that the test captures."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in list(getattr(logger, "handlers", ())):  # a PlaceHolder has none
+            if isinstance(handler, logging.StreamHandler) and getattr(
+                handler.stream, "closed", False
+            ):
+                logger.removeHandler(handler)
