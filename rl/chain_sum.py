@@ -52,6 +52,7 @@ class ChainSumTask(ReasoningGymTask):
         shots: worked examples before the question; they are the long prefix a group shares.
         styles: answer styles of those examples.
         seed: of the training problems and of their examples.
+        max_digits: digits of a term.
 
     Raises:
         ValueError: reasoning-gym refuses the sizes, shots < 0, or styles are no shares.
@@ -64,10 +65,12 @@ class ChainSumTask(ReasoningGymTask):
         shots: int = 8,
         styles: Styles = Styles(),
         seed: int = 0,
+        max_digits: int = 1,
     ) -> None:
         if shots < 0:
             raise ValueError(f"shots: expected a count >= 0, got {shots}")
-        params = {"min_terms": min_terms, "max_terms": max_terms, "min_digits": 1, "max_digits": 1}
+        params = {"min_terms": min_terms, "max_terms": max_terms, "min_digits": 1}
+        params["max_digits"] = max_digits
         super().__init__("chain_sum", params, answer_after="#", stop="\n", seed=seed)
         self.shots, self.styles = shots, styles
         # streams of their own: no example repeats a problem that is asked, or a document
@@ -84,7 +87,7 @@ class ChainSumTask(ReasoningGymTask):
         return Problem(f"{split}/{index}", prompt, {"entry": entry})
 
     def document(self, index: int, styles: Styles) -> list[tuple[str, str]]:
-        """(question, answer) texts of one supervised document: `shots` + 1, all answered."""
+        """(not learned, learned) texts of one supervised document: `shots` + 1, all answered."""
         return self._shots("documents", index, self.shots + 1, styles)
 
     def characters(self) -> str:
@@ -99,7 +102,11 @@ class ChainSumTask(ReasoningGymTask):
         drawn = draw_style(f"{self.seed}/{stream}/{index}", styles)
         first = index * (self.shots + 1)
         entries = [self._examples[stream].entry("train", first + i) for i in range(count)]
-        return [(question_text(e), answer_text(e, next(drawn))) for e in entries]
+        return [pair for entry in entries for pair in self._answered(entry, next(drawn))]
+
+    def _answered(self, entry: dict[str, Any], style: str) -> list[tuple[str, str]]:
+        """(not learned, learned) texts of one example."""
+        return [(question_text(entry), answer_text(entry, style))]
 
 
 EXAMPLES_SEED = 1_000

@@ -245,7 +245,7 @@ def test_a_tool_whose_calls_would_end_the_rollout_is_refused(policy_folder):
 def test_the_calculators_examples_are_right():
     task = CalculatorTask(called=0.5)
     for index in range(20):
-        text = "".join(a + b for a, b in task.document(index, task.called))
+        text = "".join(a + b for a, b in task.document(index, task.styles))
         for line in text.splitlines():
             if line.startswith("A:") and "<" in line:
                 for call in line.split("<")[1:]:
