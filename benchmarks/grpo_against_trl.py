@@ -151,7 +151,7 @@ def with_trimtab(arguments: argparse.Namespace) -> dict:
                 *("--config", "grpo", "--run_dir", f"{folder}/run", "--updates"),
                 *(str(arguments.updates), "--threads", str(arguments.threads)),
                 *("--seed", str(arguments.seeds[0]), "--evaluation.problems", "0"),
-                *("--policy", json.dumps({"path": arguments.base})),
+                *("--policy.warmup", "null", "--policy.path", arguments.base),
                 *("--rollout.dtype", "float32", "--update.optimizer", "adamw"),
                 *("--trainer.enable_progress_bar", "false"),
             ],

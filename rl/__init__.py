@@ -68,6 +68,7 @@ _HOMES = {
     "tasks": ("JsonLinesTask", "Problem", "ReasoningGymTask", "Task"),
     "tools": ("ToolUse",),
     "turns": ("ToolTurns",),
+    "verifiers_task": ("VerifiersTask",),
     "warmup": ("WarmupConfig", "warm_up"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from .budget import with_greedy_extras
 from .config import RLConfig
 from .health import generate_again
-from .rewards import RewardWorker
+from .rewards import RewardWorker, Scored
 from .rollout import Request, RolloutEngine, Sample, Sampling, Tree
 from .tasks import Problem, Prompt, Split, Task
-from .turns import ToolTurns
 
 
 @dataclass(frozen=True)
@@ -82,19 +81,14 @@ class Collector:
     def __init__(self, config: RLConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.task, self.tokenizer = config, task, tokenizer
         self.stop_token_ids = stop_token_ids(tokenizer, task)
-        self.turns: ToolTurns | None = None
-        if task.tool is not None:
-            self.turns = ToolTurns(task.tool, tokenizer)
-            if self.turns.end_id in self.stop_token_ids:
-                raise ValueError(
-                    f"tool.end: expected another token than those that end a rollout, got "
-                    f"{task.tool.end!r}"
-                )
-        self.worker = RewardWorker(
-            task.reward_function(),
-            config.rollout.reward_timeout,
-            config.rollout.reward_memory_mb,
-        )
+        self.turns = task.turns(tokenizer, self.stop_token_ids)
+        self.worker: RewardWorker | None = None
+        if self.turns is None or not self.turns.scores:
+            self.worker = RewardWorker(
+                task.reward_function(),
+                config.rollout.reward_timeout,
+                config.rollout.reward_memory_mb,
+            )
 
     def collect(
         self,
@@ -122,10 +116,14 @@ class Collector:
             Collected, one group per number, in order.
         """
         problems = [self.task.problem(split, number) for number in numbers]
-        prompts = [prompt_ids(self.tokenizer, problem.prompt) for problem in problems]
+        prompts = [prompt_ids(self.tokenizer, problem) for problem in problems]
         started = time.perf_counter()
         requests = [
-            Request(prompt, self.sampling(seed=seed_of(number), **changes))
+            Request(
+                prompt,
+                self.sampling(seed=seed_of(number), **changes),
+                meta={"split": split, "number": number},
+            )
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
         if counts is not None:
@@ -147,12 +145,7 @@ class Collector:
         texts = [[self.completion(sample) for sample in group] for group in samples]
         rows = [(p, s, t) for p, g in enumerate(samples) for s, t in zip(g, texts[p], strict=True)]
         rows += [(p, sample, self.completion(sample)) for p, sample in enumerate(extras)]
-        scored = self.worker.score(
-            [problems[p].prompt for p, _, _ in rows],
-            [as_prompt(problems[p].prompt, text) for p, _, text in rows],
-            [sample.token_ids for _, sample, _ in rows],
-            [problems[p].columns for p, _, _ in rows],
-        )
+        scored = self._scored(problems, rows)
         rest = iter(scored.rewards)
         rewards = [[next(rest) for _ in group] for group in samples]
         greedy_rewards = list(rest) or [None] * len(problems)
@@ -172,6 +165,20 @@ class Collector:
         ]
         seconds = (sampled - started, time.perf_counter() - sampled)
         return Collected(groups, scored.errors, scored.timeouts, *seconds)
+
+    def _scored(
+        self, problems: Sequence[Problem], rows: Sequence[tuple[int, Sample, str]]
+    ) -> Scored:
+        """Rewards of (number of its problem, rollout, its text)."""
+        if self.worker is None:
+            rewards = [sample.reward for _, sample, _ in rows]
+            return Scored(rewards, rewards.count(None), 0)
+        return self.worker.score(
+            [problems[p].prompt for p, _, _ in rows],
+            [as_prompt(problems[p].prompt, text) for p, _, text in rows],
+            [sample.token_ids for _, sample, _ in rows],
+            [problems[p].columns for p, _, _ in rows],
+        )
 
     def state_of(self, collected: Collected) -> dict[str, Any]:
         """Collected rollouts as plain values, for a checkpoint.
@@ -212,7 +219,7 @@ class Collector:
                 ScoredGroup(
                     group["number"],
                     problem,
-                    prompt_ids(self.tokenizer, problem.prompt),
+                    prompt_ids(self.tokenizer, problem),
                     samples,
                     [self.completion(sample) for sample in samples],
                     group["rewards"],
@@ -241,8 +248,9 @@ class Collector:
         return self.tokenizer.decode(ids)
 
     def close(self) -> None:
-        """Ends the reward process, and the tool's."""
-        self.worker.close()
+        """Ends the reward process, and those of tools and environments."""
+        if self.worker is not None:
+            self.worker.close()
         if self.turns is not None:
             self.turns.close()
 
@@ -269,12 +277,12 @@ def decoded_fraction(groups: Sequence[ScoredGroup], tree: Tree) -> float:
     return decoded / told
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+    """Token ids of a problem's prompt.
 
     Args:
         tokenizer: of the policy.
-        prompt: a text, or messages for its chat template, whose answer is asked for.
+        problem: its prompt is a text, or messages for the chat template, whose answer is asked for.
 
     Returns:
         The ids, special tokens included.
@@ -282,6 +290,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     Raises:
         ValueError: messages, and the tokenizer has no chat template.
     """
+    prompt = problem.prompt
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     if tokenizer.chat_template is None:
@@ -289,7 +298,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
             "prompt: expected a text, since the policy's tokenizer has no chat template, got "
             f"messages: {prompt!r:.80}"
         )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        prompt, tools=problem.tools, tokenize=False, add_generation_prompt=True
+    )
     return tokenizer.encode(text, add_special_tokens=False)  # the template has them
 
 

@@ -351,12 +351,12 @@ class RLConfig:
         ahead = self.rollout.asynchronous
         require(not (imitates and ahead), "rollout.asynchronous", expected, ahead)
         grown = self.rollout.tree is not None
-        if getattr(self.task, "tool", None) is not None:  # what is no Task is refused by Run
-            expected = "null with a task whose rollouts call a tool"
+        if getattr(self.task, "in_turns", False):  # what is no Task is refused by Run
+            expected = "null with a task whose rollouts have replies in them"
             require(not grown, "rollout.tree", expected, self.rollout.tree)
             alignment = self.update.token_baseline.alignment
             holds = self.update.advantage_used != "otb" or alignment == "model_token"
-            expected = "model_token with a task whose rollouts call a tool"
+            expected = "model_token with a task whose rollouts have replies in them"
             require(holds, "update.token_baseline.alignment", expected, alignment)
         needs = self.update.advantage == "tree"
         require(grown or not needs, "rollout.tree", "one for the advantage tree", "null")

@@ -104,7 +104,7 @@ class ServerEvaluation:
 
     Raises:
         ConnectionError: the server does not answer.
-        ValueError: an option is wrong, the task calls a tool, or the server refuses.
+        ValueError: an option is wrong, the task's rollouts go in turns, or the server refuses.
     """
 
     def __init__(self, options: Options, server: ServerOptions) -> None:
@@ -132,8 +132,8 @@ class ServerEvaluation:
         task = self.config.task
         if not isinstance(task, Task):
             raise ValueError(f"task: expected a Task, got {type(task).__name__}")
-        if task.tool is not None:
-            raise ValueError("eval: expected a task without a tool with --server, it has one")
+        if task.in_turns:
+            raise ValueError("eval: expected a task without tool or environment with --server")
         rollout = self.config.rollout
         given_temperature = server.temperature
         self.sampling: dict[str, Any] = {

@@ -124,6 +124,7 @@ class Sample:
             everywhere.
         path: of a rollout in a tree: for each of its segments the number of the rollout, among
             those of its request, that decoded it.
+        reward: of an environment that scores its rollouts itself; None: not scored, or lost.
 
     Raises:
         ValueError: not one log-probability per token.
@@ -135,6 +136,7 @@ class Sample:
     version: int = 0
     path: tuple[int, ...] = ()
     mask: tuple[bool, ...] = ()
+    reward: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.logprobs) != len(self.token_ids):

@@ -119,7 +119,7 @@ class Run:
         refuse_unsupported(policy)
         refuse_tokenizer(tokenizer, policy, config)
         if config.rollout.servers:
-            prompt = len(prompt_ids(tokenizer, config.task.problem("train", 0).prompt))
+            prompt = len(prompt_ids(tokenizer, config.task.problem("train", 0)))
             check_servers(
                 config.rollout.servers,
                 policy,
@@ -420,13 +420,13 @@ def refuse_tokenizer(tokenizer: Any, policy: PreTrainedModel, config: RLConfig) 
     Raises:
         ValueError: no ids, an id beyond the vocabulary, or more positions than the model has.
     """
-    prompt = config.task.problem("train", 0).prompt
-    ids = prompt_ids(tokenizer, prompt)
+    problem = config.task.problem("train", 0)
+    ids = prompt_ids(tokenizer, problem)
     size = policy.get_input_embeddings().num_embeddings
     if not ids or max(ids) >= size:
         raise ValueError(
             f"policy: expected a tokenizer whose ids are below {size}, its tokenizer makes "
-            f"{ids[:8]} of the prompt {prompt!r:.40}; is it saved in the model's folder?"
+            f"{ids[:8]} of the prompt {problem.prompt!r:.40}; is it saved in the model's folder?"
         )
     positions = getattr(policy.config, "max_position_embeddings", None)
     longest = len(ids) + config.rollout.max_tokens

@@ -11,12 +11,18 @@ import json
 import logging
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .rewards import RewardFunction, import_function, reasoning_gym_reward
 from .tools import ToolUse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +39,13 @@ class Problem:
         prompt: the text the policy continues, or messages (`role` and `content`), which the
             tokenizer's chat template makes a text of; tokenised once, never re-tokenised.
         columns: whatever the reward function needs besides the completion (JSON-like values).
+        tools: functions that a prompt of messages offers, as JSON schemas for the chat template.
     """
 
     id: str
     prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
 
 
 class Task(ABC):
@@ -51,6 +59,24 @@ class Task(ABC):
 
     stop: str = ""
     tool: ToolUse | None = None
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether rollouts may hold what the policy did not write."""
+        return self.tool is not None
+
+    def turns(
+        self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+    ) -> Turns | None:
+        """What makes the task's rollouts of the policy's turns; None: a rollout is one turn.
+
+        Args:
+            tokenizer: of the policy.
+            stop_token_ids: that end a rollout.
+        """
+        from .turns import ToolTurns  # it imports transformers, which not all users of tasks need
+
+        return None if self.tool is None else ToolTurns(self.tool, tokenizer, stop_token_ids)
 
     @abstractmethod
     def problem(self, split: Split, index: int) -> Problem:

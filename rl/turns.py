@@ -1,4 +1,4 @@
-"""Rollouts in turns: the policy writes, a tool replies, the policy goes on.
+"""Rollouts in turns: the policy writes, something replies, the policy goes on.
 
 A rollout is one sequence of token ids with a mask of what the policy sampled. A reply is tokenised
 once, where it comes in, and nothing is ever decoded to be tokenised again; `max_tokens` bounds all
@@ -8,7 +8,8 @@ of it, replies included.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,19 +20,107 @@ from .tools import ToolRunner, ToolUse
 Generate = Callable[[Sequence[Request]], list[list[Sample]]]
 
 
+class Turns(Protocol):
+    """Makes whole rollouts of the policy's turns and of what comes between them.
+
+    `scores`: its samples come with their reward, None where it was lost.
+    """
+
+    scores: ClassVar[bool]
+
+    def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
+        """Samples of each request, in order; `policy` makes the policy's turns."""
+        ...
+
+    def close(self) -> None:
+        """Ends the processes behind it."""
+        ...
+
+
 @dataclass
-class _Rollout:
-    """One rollout so far."""
+class RolloutSoFar:
+    """One rollout between its turns.
+
+    Args:
+        request: that asked for it.
+        place: among the rollouts of its request.
+    """
 
     request: Request
     place: int
-    token_ids: list[int]
-    logprobs: list[float]
-    mask: list[bool]
-    said: list[int]  # by the policy since the last reply
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    said: list[int] = field(default_factory=list)  # by the policy since the last reply
     version: int = 0
-    calls: int = 0
-    reason: FinishReason | None = None
+    turns: int = 0
+    reason: FinishReason = "length"
+
+    def add_turn(self, sample: Sample) -> None:
+        """Takes over what the policy said."""
+        if not self.turns:
+            self.version = sample.version
+        self.token_ids += sample.token_ids
+        self.logprobs += sample.logprobs
+        self.mask += [True] * len(sample.token_ids)
+        self.said, self.reason = sample.token_ids, sample.finish_reason
+        self.turns += 1
+
+    def add_reply(self, ids: list[int]) -> bool:
+        """Appends what the policy did not write; False, and nothing is, if no room is left after.
+
+        Nothing that the policy says could follow then: the rollout ends as one that was cut.
+        """
+        if self.request.sampling.max_tokens - len(self.token_ids) - len(ids) < 1:
+            self.reason = "length"
+            return False
+        self.token_ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.mask += [False] * len(ids)
+        return True
+
+    def next_request(self) -> Request:
+        """Asks for the policy's next turn."""
+        sampling = self.request.sampling
+        sampling = replace(
+            sampling,
+            n=1,
+            max_tokens=sampling.max_tokens - len(self.token_ids),
+            seed=stable_seed(sampling.seed, "turn", self.place, self.turns),
+        )
+        prompt = [*self.request.prompt_ids, *self.token_ids]
+        return replace(self.request, prompt_ids=prompt, sampling=sampling)
+
+    def as_sample(self, reward: float | None = None) -> Sample:
+        """The rollout, ended."""
+        mask = () if all(self.mask) else tuple(self.mask)
+        return Sample(
+            self.token_ids, self.logprobs, self.reason, self.version, mask=mask, reward=reward
+        )
+
+
+def begin(
+    requests: Sequence[Request], found: Sequence[Sequence[Sample]]
+) -> tuple[list[list[RolloutSoFar]], list[tuple[RolloutSoFar, Sample]]]:
+    """Rollouts that have said nothing yet.
+
+    Args:
+        requests: that ask for them.
+        found: their first turns.
+
+    Returns:
+        Those of each request; and each with its first turn.
+    """
+    groups = [
+        [RolloutSoFar(request, place) for place in range(len(samples))]
+        for request, samples in zip(requests, found, strict=True)
+    ]
+    turn = [
+        (rollout, sample)
+        for rollouts, samples in zip(groups, found, strict=True)
+        for rollout, sample in zip(rollouts, samples, strict=True)
+    ]
+    return groups, turn
 
 
 class ToolTurns:
@@ -40,17 +129,29 @@ class ToolTurns:
     Args:
         use: how calls are written, and their budgets.
         tokenizer: of the policy; makes text of calls and ids of replies.
+        stop_token_ids: that end a rollout.
 
     Raises:
-        ValueError: the text that ends a call is not one token.
+        ValueError: the text that ends a call is not one token, or one that ends a rollout.
     """
 
-    def __init__(self, use: ToolUse, tokenizer: PreTrainedTokenizerBase) -> None:
+    scores: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        use: ToolUse,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
         self.use, self.tokenizer = use, tokenizer
         end = tokenizer.encode(use.end, add_special_tokens=False)
         if len(end) != 1:
             raise ValueError(f"tool.end: expected one token, {use.end!r} is {end}")
         self.end_id = int(end[0])
+        if self.end_id in stop_token_ids:
+            raise ValueError(
+                f"tool.end: expected another token than those that end a rollout, got {use.end!r}"
+            )
         self.runner = ToolRunner(use)
 
     def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -63,34 +164,22 @@ class ToolTurns:
         Returns:
             For each request its `n` samples; those with a reply have a `mask`.
         """
-        found = policy([self._with_end(request) for request in requests])
-        groups = [
-            [
-                _Rollout(request, place, [], [], [], [], sample.version)
-                for place, sample in enumerate(samples)
-            ]
-            for request, samples in zip(requests, found, strict=True)
-        ]
-        turn = [
-            (rollout, sample)
-            for rollouts, samples in zip(groups, found, strict=True)
-            for rollout, sample in zip(rollouts, samples, strict=True)
-        ]
+        groups, turn = begin(requests, policy([self._with_end(request) for request in requests]))
         while turn:
-            calling = [rollout for rollout, sample in turn if self._add_turn(rollout, sample)]
+            calling = [rollout for rollout, sample in turn if self._calls(rollout, sample)]
             replies = self.runner.replies(
                 [self.use.call_in(self.tokenizer.decode(rollout.said)) for rollout in calling]
             )
             going_on = [
                 rollout
                 for rollout, reply in zip(calling, replies, strict=True)
-                if self._add_reply(rollout, reply)
+                if rollout.add_reply(self._reply_ids(reply))
             ]
             if not going_on:
                 break
-            found = policy([self._next_turn(rollout) for rollout in going_on])
+            found = policy([self._with_end(rollout.next_request()) for rollout in going_on])
             turn = [(r, sample) for r, [sample] in zip(going_on, found, strict=True)]
-        return [[_sample(rollout) for rollout in rollouts] for rollouts in groups]
+        return [[rollout.as_sample() for rollout in rollouts] for rollouts in groups]
 
     def close(self) -> None:
         """Ends the tool's process."""
@@ -100,48 +189,18 @@ class ToolTurns:
         stops = tuple(dict.fromkeys((*request.sampling.stop_token_ids, self.end_id)))
         return replace(request, sampling=replace(request.sampling, stop_token_ids=stops))
 
-    def _add_turn(self, rollout: _Rollout, sample: Sample) -> bool:
+    def _calls(self, rollout: RolloutSoFar, sample: Sample) -> bool:
         """Takes over what the policy said; whether it calls the tool, and may."""
-        rollout.token_ids += sample.token_ids
-        rollout.logprobs += sample.logprobs
-        rollout.mask += [True] * len(sample.token_ids)
-        rollout.said = sample.token_ids
+        rollout.add_turn(sample)
         calls = sample.finish_reason == "stop" and sample.token_ids[-1] == self.end_id
-        if calls and self.end_id not in rollout.request.sampling.stop_token_ids:
-            rollout.calls += 1
-            if rollout.calls <= self.use.max_calls:
-                return True
-            rollout.reason = "length"  # cut by its budget of calls
-        else:
-            rollout.reason = sample.finish_reason
-        return False
-
-    def _add_reply(self, rollout: _Rollout, reply: str) -> bool:
-        """Appends a reply; whether the policy has room to go on."""
-        text = self.use.reply.replace("{reply}", reply)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)[: self.use.max_reply_tokens]
-        left = rollout.request.sampling.max_tokens - len(rollout.token_ids) - len(ids)
-        if left < 1:  # nothing that the policy says could follow: the rollout ends with its call
+        if not calls or self.end_id in rollout.request.sampling.stop_token_ids:
+            return False
+        if rollout.turns > self.use.max_calls:  # cut by its budget of calls
             rollout.reason = "length"
             return False
-        rollout.token_ids += ids
-        rollout.logprobs += [0.0] * len(ids)
-        rollout.mask += [False] * len(ids)
         return True
 
-    def _next_turn(self, rollout: _Rollout) -> Request:
-        sampling = rollout.request.sampling
-        sampling = replace(
-            sampling,
-            n=1,
-            max_tokens=sampling.max_tokens - len(rollout.token_ids),
-            seed=stable_seed(sampling.seed, "turn", rollout.place, rollout.calls),
-        )
-        prompt = [*rollout.request.prompt_ids, *rollout.token_ids]
-        return self._with_end(replace(rollout.request, prompt_ids=prompt, sampling=sampling))
-
-
-def _sample(rollout: _Rollout) -> Sample:
-    assert rollout.reason is not None
-    mask = () if all(rollout.mask) else tuple(rollout.mask)
-    return Sample(rollout.token_ids, rollout.logprobs, rollout.reason, rollout.version, mask=mask)
+    def _reply_ids(self, reply: str) -> list[int]:
+        text = self.use.reply.replace("{reply}", reply)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids[: self.use.max_reply_tokens]

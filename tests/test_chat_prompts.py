@@ -29,7 +29,7 @@ def policy_folder(tmp_path):
 
 def test_the_template_makes_the_text_and_its_special_tokens(policy_folder):
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
-    ids = prompt_ids(tokenizer, MESSAGES)
+    ids = prompt_ids(tokenizer, Problem("0", MESSAGES))
     assert ids == tokenizer.apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_dict=False
     )
@@ -40,7 +40,7 @@ def test_the_template_makes_the_text_and_its_special_tokens(policy_folder):
 def test_without_a_template_messages_are_refused(tmp_path):
     tiny_run.make_policy(tmp_path)
     with pytest.raises(ValueError, match=r"prompt: expected a text, since .* no chat template"):
-        prompt_ids(AutoTokenizer.from_pretrained(tmp_path), MESSAGES)
+        prompt_ids(AutoTokenizer.from_pretrained(tmp_path), Problem("0", MESSAGES))
 
 
 def share_of_digits(prompts, completions, completion_ids):

@@ -305,7 +305,7 @@ def test_rewards_that_read_token_ids_are_lost_and_tools_are_refused(
         changes |= {"task.init_args.tool": {"start": "<", "end": ">"}}
         recipe = write_recipe(tmp_path, changes)
         line = refused(capsys, "--config", str(recipe), "--server", server.url)
-        assert line == "eval: expected a task without a tool with --server, it has one"
+        assert line == "eval: expected a task without tool or environment with --server"
 
 
 def test_it_trains_nobody(folder, make, monkeypatch, capsys):

@@ -1,0 +1,236 @@
+"""Environments of the `verifiers` library as tasks: single turns, games, tools, their own rubrics.
+
+`verifiers` plays each rollout as it would against a server; what would be the server is the policy,
+so tokens and log-probs are the engine's own and a rollout stays one sequence of tokens. It lives
+in a process of its own, under another interpreter if need be: its requirements (datasets < 4.7) and
+those of TRL (>= 4.7) exclude each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from .rewards import RewardFunction
+from .rollout import Request, Sample
+from .tasks import Problem, Prompt, Split, Task
+from .turns import Generate, RolloutSoFar, begin
+from .verifiers_process import EnvironmentDied, VerifiersProcess
+
+logger = logging.getLogger(__name__)
+
+PLACE = "trimtab-the-policy-said-this"
+
+
+class VerifiersTask(Task):
+    """Problems, turns and rewards of an environment of verifiers 0.1.
+
+    The environment's rubric scores each group; rollouts that end by an error of the environment are
+    lost, like those of any reward function. Held out are its `eval_dataset`, or every tenth row
+    where it has none. Tool calls are read in Hermes' form (`<tool_call>{...}</tool_call>`, as
+    Qwen and SmolLM2 write them). A conversation that the environment rewrites is no sequence of
+    tokens: those rollouts are lost, which the log says.
+
+    Args:
+        env_id: name of the environment's module, as `verifiers.load_environment` takes it; found
+            where the run is started, too.
+        env_args: arguments of its `load_environment`.
+        python: interpreter of the environment that has `verifiers`; null: the trainer's own.
+        timeout: seconds that the environment may take between two turns, and to score a group;
+            rollouts that take longer are lost.
+        stop: text of the token that ends a turn; empty relies on the end-of-sequence token.
+
+    Raises:
+        ValueError: timeout is not positive; and at the first problem: the interpreter does not
+            start or has no verifiers 0.1, or the environment does not load.
+
+    Source:
+        https://github.com/PrimeIntellect-ai/verifiers, tested with 0.1.14.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        env_args: dict[str, Any] | None = None,
+        python: str | None = None,
+        timeout: float = 60.0,
+        stop: str = "",
+    ) -> None:
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected seconds > 0, got {timeout}")
+        self.stop = stop
+        self.process = VerifiersProcess(env_id, dict(env_args or {}), python, timeout)
+        self._row = functools.lru_cache(maxsize=4096)(self.process.row)
+
+    @property
+    def in_turns(self) -> bool:
+        """True: which environments have one turn only shows as they play."""
+        return True
+
+    def turns(
+        self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+    ) -> VerifiersTurns:
+        """The environment, playing."""
+        return VerifiersTurns(self.process, tokenizer)
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Row `index` of a split, starting over at its end."""
+        index %= self.process.start()[split]
+        row = self._row(split, index)
+        return Problem(f"{split}/{index}", row["prompt"], row["columns"], row["tools"])
+
+    def reward_function(self) -> RewardFunction:
+        """None to call: the environment scores."""
+        raise NotImplementedError("an environment of verifiers scores its rollouts itself")
+
+
+class VerifiersTurns:
+    """Rollouts that an environment plays with the policy.
+
+    Args:
+        process: of the environment.
+        tokenizer: of the policy; its chat template makes text of the environment's messages.
+    """
+
+    scores: ClassVar[bool] = True
+
+    def __init__(self, process: VerifiersProcess, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.process, self.tokenizer = process, tokenizer
+        self._complained = False
+
+    def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
+        """Samples of each request with their rewards, in order.
+
+        Args:
+            policy: makes the policy's turns: `generate` of a rollout engine.
+            requests: of the first turn; `meta` has the problem's `split` and `number`.
+
+        Returns:
+            For each request its `n` samples; those with a reply have a `mask`; those that were
+            lost have no `reward`.
+        """
+        groups, first = begin(requests, policy(requests))
+        for rollout, sample in first:
+            rollout.add_turn(sample)
+        rollouts = [rollout for rollout, _ in first]
+        rewards: list[float | None] = [None] * len(rollouts)
+        try:
+            rewards = self._played(policy, groups)
+        except EnvironmentDied as died:
+            self._complain(str(died))
+        rest = iter(rewards)
+        return [[rollout.as_sample(next(rest)) for rollout in members] for members in groups]
+
+    def close(self) -> None:
+        """Ends the environment's process."""
+        self.process.close()
+
+    def _played(
+        self, policy: Generate, groups: Sequence[Sequence[RolloutSoFar]]
+    ) -> list[float | None]:
+        """Plays rollouts that have had their first turn, to their ends; their rewards."""
+        sizes = self.process.start()
+        asked, talks = [], []
+        for members in groups:
+            split, number = (members[0].request.meta[key] for key in ("split", "number"))
+            index = number % sizes[split]
+            prompt = self.process.row(split, index)["prompt"]
+            asked.append({"split": split, "index": index, "n": len(members)})
+            talks += [Conversation(rollout, prompt, self.tokenizer) for rollout in members]
+        with self.process.play(asked) as game:
+            answer = game.start()
+            while "turns" in answer:
+                answer = game.reply(self._replies(policy, talks, answer["turns"]))
+        for ended in answer["rollouts"]:
+            if ended["error"] is not None:
+                self._complain(ended["error"])
+        return [ended["reward"] for ended in answer["rollouts"]]
+
+    def _replies(
+        self, policy: Generate, talks: Sequence[Conversation], turns: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The policy's turns; the first ones are there already."""
+        talking = [(turn["rollout"], talks[turn["rollout"]]) for turn in turns]
+        asking = [
+            talk
+            for turn, (_, talk) in zip(turns, talking, strict=True)
+            if turn["messages"] and talk.hear(turn["messages"])
+        ]
+        if asking:
+            found = policy([talk.rollout.next_request() for talk in asking])
+            for talk, [sample] in zip(asking, found, strict=True):
+                talk.rollout.add_turn(sample)
+        return [{"rollout": i} | talk.said() for i, talk in talking]
+
+    def _complain(self, why: str) -> None:
+        if not self._complained:
+            self._complained = True
+            logger.warning("a reward is lost and its rollout excluded (said once): %s", why)
+
+
+class Conversation:
+    """The messages of one rollout, beside its tokens.
+
+    Args:
+        rollout: with its first turn.
+        prompt: a text, or messages.
+        tokenizer: of the policy.
+    """
+
+    def __init__(
+        self, rollout: RolloutSoFar, prompt: Prompt, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.rollout, self.tokenizer = rollout, tokenizer
+        self.messages = None if isinstance(prompt, str) else list(prompt)
+        self.ended = False
+
+    def hear(self, replies: list[dict[str, Any]]) -> bool:
+        """Takes over the environment's messages; False if no room is left after them."""
+        text = self._text_of(replies)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        self.ended = not self.rollout.add_reply(ids)
+        return not self.ended
+
+    def said(self) -> dict[str, Any]:
+        """The policy's last turn; `text` is None where it had no room for one."""
+        if self.ended:
+            return {"text": None}
+        said, rollout = self.rollout.said, self.rollout
+        return {
+            "text": self._last_text(),
+            "finish_reason": rollout.reason,
+            "prompt_tokens": len(rollout.request.prompt_ids) + len(rollout.token_ids) - len(said),
+            "completion_tokens": len(said),
+        }
+
+    def _last_text(self) -> str:
+        said = self.rollout.said
+        return self.tokenizer.decode(said[:-1] if self.rollout.reason == "stop" else said)
+
+    def _text_of(self, replies: list[dict[str, Any]]) -> str:
+        """What stands between the policy's last token and its next one.
+
+        That is what the chat template writes behind the policy's text, whatever that text is: a
+        placeholder stands for it. The token that ended the turn is there already.
+
+        Raises:
+            ValueError: the template has no place for the policy's text, or several.
+        """
+        if self.messages is None:
+            return "".join(reply["content"] for reply in replies)
+        place = {"role": "assistant", "content": PLACE}
+        text = self.tokenizer.apply_chat_template(
+            [*self.messages, place, *replies], tokenize=False, add_generation_prompt=True
+        )
+        if text.count(PLACE) != 1:
+            raise ValueError(
+                "task: expected a chat template that writes the assistant's text once, it is there "
+                f"{text.count(PLACE)} times"
+            )
+        self.messages += [{"role": "assistant", "content": self._last_text()}, *replies]
+        end = self.tokenizer.decode(self.rollout.said[-1:])
+        return text.partition(PLACE)[2].removeprefix(end)
