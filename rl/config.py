@@ -127,6 +127,31 @@ class VLLMConfig:
 
 
 @dataclass(frozen=True)
+class PagedCacheConfig:
+    """The cache of keys and values of the engine continuous_batching.
+
+    Args:
+        memory_fraction: of the GPU's free memory that the cache takes during a call, in (0, 1]; on
+            a CPU it takes what its rollouts can need.
+        page_size: tokens of a page, >= 4.
+        max_batch_tokens: most tokens of one forward pass, >= 1; null: transformers' choice (on a
+            CPU 512).
+    """
+
+    memory_fraction: float = 0.5
+    page_size: int = 256
+    max_batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        share, page, most = self.memory_fraction, self.page_size, self.max_batch_tokens
+        name = "rollout.paged_cache"
+        require(0 < share <= 1, f"{name}.memory_fraction", "a share in (0, 1]", share)
+        require(page >= 4, f"{name}.page_size", "a count >= 4", page)
+        holds = most is None or most >= 1
+        require(holds, f"{name}.max_batch_tokens", "a count >= 1 or null", most)
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How training rollouts are made.
 
@@ -138,9 +163,11 @@ class RolloutConfig:
         dtype: of the engine's copy of the policy; float32 is the control without mismatch. Servers
             are sent weights in it, and compute in their own.
         quantize_bits: 8 or 4 rounds the copy's linear weights (weight-only); null does not.
-        engine: what makes the rollouts in the trainer's process: `transformers`, or `vllm` where it
-            is installed beside the trainer, which then has one process.
+        engine: what makes the rollouts in the trainer's process: `transformers`;
+            `continuous_batching`, transformers' own, for long answers of unequal lengths on GPUs;
+            or `vllm` where it is installed beside the trainer, which then has one process.
         vllm: options of the engine vllm; null takes its defaults.
+        paged_cache: of the engine continuous_batching; null takes its defaults.
         servers: addresses of vLLM servers that make the rollouts, `[http://host:8000]`; [] makes
             them in each process of the trainer. Started by VLLM_SERVER_DEV_MODE=1 vllm serve MODEL
             --logprobs-mode processed_logprobs, where the run's folder has the same path.
@@ -166,8 +193,9 @@ class RolloutConfig:
     temperature: float = 1.0
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantize_bits: Literal[4, 8] | None = None
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "continuous_batching", "vllm"] = "transformers"
     vllm: VLLMConfig | None = None
+    paged_cache: PagedCacheConfig | None = None
     servers: tuple[str, ...] = ()
     server_timeout: float = 600.0
     server_retries: int = 3
@@ -197,8 +225,13 @@ class RolloutConfig:
             require(low <= self.group_size <= high, "rollout.group_size", expected, self.group_size)
         inside = self.engine == "vllm"
         require(inside or self.vllm is None, "rollout.vllm", "null without engine vllm", self.vllm)
-        if inside:
-            expected = "[] with rollout.engine vllm, which is in the trainer's process"
+        paged = self.engine == "continuous_batching"
+        holds, expected = paged or self.paged_cache is None, "null without continuous_batching"
+        require(holds, "rollout.paged_cache", expected, self.paged_cache)
+        holds, expected = not paged or self.tree is None, f"null with engine {self.engine}"
+        require(holds, "rollout.tree", expected, self.tree)
+        if self.engine != "transformers":
+            expected = f"[] with rollout.engine {self.engine}, which is in the trainer's process"
             require(not self.servers, "rollout.servers", expected, list(self.servers))
         if self.servers or inside:
             whose = "rollout.servers" if self.servers else "rollout.engine vllm"

@@ -9,129 +9,30 @@ logits).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from .decoding import Prompts, choose_tokens, finished
 from .group_cache import ATTENTION, GroupCache, rectangle
-from .prefix_support import refuse_unsupported
+from .model_copy import ModelCopy
 from .rollout import Capabilities, Request, Sample, Sampling
 from .tree import grow_trees
 
 
-def quantize_weights_(model: nn.Module, bits: int, group: int = 64) -> None:
-    """Rounds every linear weight to `bits` integers with one scale per `group` input columns.
-
-    Weight-only round-to-nearest, kept dequantised in the model's dtype: the numbers an integer
-    engine would compute with, without its kernels. Embeddings, the output head, and experts that
-    are stacked in one parameter stay as they are.
-
-    Args:
-        model: changed in place.
-        bits: 4 or 8.
-        group: columns that share a scale.
-
-    Raises:
-        ValueError: bits is neither 4 nor 8.
-    """
-    if bits not in (4, 8):
-        raise ValueError(f"quantize_bits: expected 4 or 8, got {bits}")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            weight = module.weight.data
-            if isinstance(module, Conv1D):  # GPT-2's layers keep [in, out]
-                weight = weight.T
-            rows, columns = weight.shape
-            padded = nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
-            top = 2 ** (bits - 1) - 1
-            scale = padded.abs().amax(-1, keepdim=True).clamp_min(1e-12) / top
-            rounded = (padded / scale).round().clamp(-top - 1, top) * scale
-            weight.copy_(rounded.view(rows, -1)[:, :columns])
-
-
-class TransformersEngine:
+class TransformersEngine(ModelCopy):
     """Samples from a copy of a transformers causal LM, in this process.
 
-    Its batches are static: rows that end are dropped, and no others take their place, as they do in
-    transformers' `generate_batch` (continuous batching), which it does not use.
-
-    The copy may have another dtype or rounded weights than the trainer's model: then the mismatch
-    between the two is the real thing, as between a training and an inference engine.
-
-    Args:
-        model: a causal LM whose attention goes through transformers' attention registry; copied.
-        dtype: of the copy; float32 is the control without mismatch.
-        quantize_bits: 4 or 8 rounds the copy's linear weights; None does not.
-        max_rows: most rollouts decoded at a time; a call with more is split between prompts.
-
-    Raises:
-        ValueError: the model has layers whose attention this engine cannot do exactly.
+    Its batches are static: rows that end are dropped, and no others take their place
+    (`ContinuousBatchingEngine` fills it); a call with more than max_rows rollouts is split between
+    prompts. The arguments are `ModelCopy`'s.
     """
 
+    attention: ClassVar[str] = ATTENTION
     capabilities = Capabilities(processed_logprobs=True, min_p=True, tree=True)
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        quantize_bits: int | None = None,
-        max_rows: int = 512,
-    ) -> None:
-        refuse_unsupported(model)
-        if max_rows < 1:
-            raise ValueError(f"max_rows: expected a count >= 1, got {max_rows}")
-        self.quantize_bits, self.max_rows, self.version = quantize_bits, max_rows, 0
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        for parameter in self.model.parameters():
-            # not model.to(dtype): buffers would go along, and bf16 rotary frequencies turn far
-            # positions by the wrong angle
-            parameter.data = parameter.data.to(dtype)
-        self.model.set_attn_implementation(ATTENTION)
-        if quantize_bits is not None:
-            quantize_weights_(self.model, quantize_bits)
-
-    @torch.no_grad()
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies new weights in, cast to the engine's dtype and rounded if it rounds.
-
-        Args:
-            named_tensors: (checkpoint name, tensor) pairs; every name must exist here. One at a
-                time: what is gathered or merged for it needs no memory together.
-            version: number the following samples carry.
-
-        Raises:
-            ValueError: a name is unknown or a shape differs; what came before it is copied.
-        """
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        for name, tensor in named_tensors:
-            if name not in own or own[name].shape != tensor.shape:
-                expected = tuple(own[name].shape) if name in own else "no such weight"
-                raise ValueError(
-                    f"named_tensors: {name} is {tuple(tensor.shape)}, here: {expected}"
-                )
-            own[name].copy_(tensor)
-        if self.quantize_bits is not None:
-            quantize_weights_(self.model, self.quantize_bits)
-        self.version = version
-
-    def to(self, device: torch.device) -> None:
-        """Moves the engine's copy of the model.
-
-        Args:
-            device: where it samples from now on.
-        """
-        self.model.to(device)
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request]) -> list[list[Sample]]:
@@ -150,7 +51,7 @@ class TransformersEngine:
         requests = list(requests)
         if not requests:
             return []
-        _check_requests(requests)
+        check_requests(requests)
         results: list[list[Sample]] = []
         chunk: list[Request] = []
         rows = 0
@@ -165,7 +66,7 @@ class TransformersEngine:
     def _generate_alike(self, requests: list[Request]) -> list[list[Sample]]:
         """The engine has its own dtype: a trainer's autocast around the call must not reach it."""
         device = self.model.get_input_embeddings().weight.device
-        tree = [i for i, r in enumerate(requests) if r.sampling.tree and not _greedy(r)]
+        tree = [i for i, r in enumerate(requests) if r.sampling.tree and not is_greedy(r)]
         results: list[list[Sample]] = [[] for _ in requests]
         with torch.autocast(device.type, enabled=False):
             if len(tree) < len(requests):
@@ -181,7 +82,7 @@ class TransformersEngine:
 
     def _generate(self, requests: list[Request]) -> list[list[Sample]]:
         """Prefill each prompt once, then decode all rows together, finished ones dropped."""
-        sampling = next((r.sampling for r in requests if not _greedy(r)), requests[0].sampling)
+        sampling = next((r.sampling for r in requests if not is_greedy(r)), requests[0].sampling)
         prompts = Prompts(self.model, [r.prompt_ids for r in requests])
         device = prompts.device
         longest = max(r.sampling.max_tokens for r in requests)
@@ -208,7 +109,7 @@ class TransformersEngine:
                 limits[row] = len(own)
         limits = limits.to(device)
         uniforms = uniforms.to(device)
-        greedy = torch.tensor([e is not None and _greedy(requests[e[0]]) for e in source])
+        greedy = torch.tensor([e is not None and is_greedy(requests[e[0]]) for e in source])
         greedy = greedy.to(device)
         tokens = torch.zeros(rows, longest, dtype=torch.long, device=device)
         logprobs = torch.zeros(rows, longest, dtype=torch.float32, device=device)
@@ -244,19 +145,28 @@ class TransformersEngine:
         return results
 
 
-def _greedy(request: Request) -> bool:
+def is_greedy(request: Request) -> bool:
+    """Whether a request asks for the most probable tokens."""
     return request.sampling.temperature == 0
 
 
-def _check_requests(requests: list[Request]) -> None:
-    """Those that sample must agree, and the greedy ones with them in what holds for greedy ones."""
-    first = next((r.sampling for r in requests if not _greedy(r)), requests[0].sampling)
+def check_requests(requests: Sequence[Request]) -> None:
+    """Refuses requests that cannot be decoded together.
+
+    Args:
+        requests: those that sample must agree but in n, seed and max_tokens, and the greedy ones
+            with them in what holds for greedy ones.
+
+    Raises:
+        ValueError: they differ, or a prompt is empty.
+    """
+    first = next((r.sampling for r in requests if not is_greedy(r)), requests[0].sampling)
     for i, request in enumerate(requests):
         if not len(request.prompt_ids):
             raise ValueError(f"requests[{i}]: expected a prompt of at least one token, got none")
         same = {name: getattr(first, name) for name in ("n", "seed", "max_tokens")}
         own = replace(request.sampling, **same)
-        if _greedy(request):  # truncation does not change the largest
+        if is_greedy(request):  # truncation does not change the largest
             others = {name: getattr(first, name) for name in ("top_p", "top_k", "min_p", "tree")}
             own = replace(own, temperature=first.temperature, **others)
         if own != first:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .config import RolloutConfig
+from .continuous_engine import ContinuousBatchingEngine
 from .engine import TransformersEngine
 from .rollout import RolloutEngine
 from .server_engine import VLLMServerEngine
@@ -53,6 +54,11 @@ def make_engine(
             options=rollout.vllm,
             max_rows=rollout.max_rows,
         )
-    return TransformersEngine(
-        policy, dtype=dtype, quantize_bits=rollout.quantize_bits, max_rows=rollout.max_rows
-    )
+    copied = {
+        "dtype": dtype,
+        "quantize_bits": rollout.quantize_bits,
+        "max_rows": rollout.max_rows,
+    }
+    if rollout.engine == "continuous_batching":
+        return ContinuousBatchingEngine(policy, cache=rollout.paged_cache, **copied)
+    return TransformersEngine(policy, **copied)

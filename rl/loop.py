@@ -29,7 +29,6 @@ from .budget import SuccessRates, allocate_budget, budget_metrics
 from .collect import Collected, Collector, ScoredGroup, decoded_fraction
 from .config import RLConfig
 from .data import problems_of_update, share_of
-from .engine import TransformersEngine
 from .engines import make_engine
 from .health import HealthWatch
 from .lora import (
@@ -40,6 +39,7 @@ from .lora import (
     is_adapter,
     refuse_other_base,
 )
+from .model_copy import ModelCopy
 from .policy_update import PolicyUpdate
 from .ranks import (
     check_shares,
@@ -167,7 +167,7 @@ class RLModule(pl.LightningModule):
         """Makes the engine; its copy of the policy, if it has one, is on the policy's device."""
         if self.engine is None:
             self.engine = self._make_engine()
-        if isinstance(self.engine, TransformersEngine):
+        if isinstance(self.engine, ModelCopy):
             self.engine.to(self.device)
         if self.teacher is not None:
             self.teacher.to(self.device)

@@ -5,7 +5,8 @@ import torch
 from tiny_models import VOCAB, causal_lm
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from trimtab.rl.engine import TransformersEngine, quantize_weights_
+from trimtab.rl.engine import TransformersEngine
+from trimtab.rl.model_copy import quantize_weights_
 from trimtab.rl.rollout import (
     Request,
     Sampling,

@@ -72,7 +72,7 @@ def check_greedy_is_that_of_our_engine(engine, policy):
 
 def check_new_weights_are_sampled_from_and_no_cache_is_left(engine, policy):
     # a block of the cache on a CPU has 128 tokens: the last prompt fills one
-    long = Request([3 + i % 20 for i in range(200)], Sampling(n=4, max_tokens=20))
+    long = Request([3 + i % 20 for i in range(200)], requests()[0].sampling)
     asked = [*requests(), long]
     before = engine.generate(asked)
     torch.manual_seed(1)

@@ -32,7 +32,7 @@ from common import Rows, base_policy, demo_config, rollouts, run_claim
 from torch import Tensor
 
 from trimtab.rl import RolloutBatch, response_logits
-from trimtab.rl.engine import quantize_weights_
+from trimtab.rl.model_copy import quantize_weights_
 from trimtab.triton_kernels.token_stats import token_stats
 
 CLAIM = (
