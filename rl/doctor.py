@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -207,11 +208,16 @@ def _engines(versions: dict[str, str | None], broken: str | None) -> dict[str, s
     if broken is not None:
         missing.insert(0, "torch that can be imported")
     own = "ready" if not missing else f"needs {', '.join(missing)}"
+    batching = own
+    found = re.match(r"(\d+)\.(\d+)", versions["transformers"] or "")
+    if found and tuple(map(int, found.groups())) < (5, 17):
+        batching = f"needs transformers 5.17 or later, this is {versions['transformers']}"
     here = versions["vllm"]
     servers = f"vllm {here} is installed here" if here else "vllm is not installed here"
     inside = f"vllm {here}" if here else "vllm is not installed here"
     return {
         "transformers (in this process)": own,
+        "its continuous batching (--rollout.engine continuous_batching)": batching,
         "vLLM in this process (--rollout.engine vllm)": f"{own}; {inside}",
         "vLLM servers (--rollout.servers)": f"{own}; {servers}; a server may be anywhere",
     }

@@ -95,6 +95,22 @@ def test_a_torch_that_cannot_be_imported_is_told(monkeypatch, capsys):
     assert "needs torch that can be imported" in text
 
 
+@pytest.mark.parametrize(
+    ("installed", "begins"),
+    [
+        ("5.17.0", "ready"),
+        ("6.0.0.dev0", "ready"),
+        ("5.9.1", "needs transformers 5.17 or later, this is 5.9.1"),
+        (None, "needs transformers"),
+    ],
+)
+def test_which_transformers_has_the_continuous_batching_that_is_used(installed, begins):
+    versions = {piece.name: "1.0" for piece in doctor.PIECES} | {"transformers": installed}
+    engines = doctor._engines(versions, None)
+    [state] = [state for name, state in engines.items() if "continuous_batching" in name]
+    assert state.startswith(begins)
+
+
 GPU = [{"kind": "cuda"}]
 
 
