@@ -320,7 +320,7 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
     """Runs the disturbed run and its twin.
 
     Args:
-        minutes: about; half of them disturbed.
+        minutes: of the disturbed part; the twin's, without its faults, come after them.
         seed: of everything random.
         folder: for both; empty.
 
@@ -334,12 +334,12 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
         (folder / "twin").mkdir()
         twin = Run(folder / "twin", seed, mark)
         try:
-            survived = disturb(run, minutes * 60 * 0.55, random.Random(seed), mounted)
+            survived = disturb(run, minutes * 60, random.Random(seed), mounted)
             result["survived"] = dict(sorted(survived.items()))
             for path in ("engine", "checkpoint"):
                 (run.control / path).unlink(missing_ok=True)
             # undisturbed for a while, too: so long must the twin's memory be watched
-            updates = max(max(row["update"] for row in run.rows()) + 5, int(20 * minutes))
+            updates = max(max(row["update"] for row in run.rows()) + 5, int(36 * minutes))
             for each in (run, twin):
                 print(f"{each.folder.name}: to update {updates}", flush=True)
                 each.wait(each.start(updates), FINISHED, 3600)
@@ -393,7 +393,7 @@ def _memory(kib: list[int]) -> dict[str, int]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="under faults; about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file; default: printed only")
     parser.add_argument("--keep", type=Path, help="empty folder for the runs, which stay there")
