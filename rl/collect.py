@@ -16,7 +16,7 @@ from .config import RLConfig
 from .health import generate_again
 from .rewards import RewardWorker, Scored
 from .rollout import Request, RolloutEngine, Sample, Sampling, Tree
-from .tasks import Problem, Prompt, Split, Task
+from .tasks import Problem, Prompt, Split, Task, chat_text
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int
         The ids, special tokens included.
 
     Raises:
-        ValueError: messages, and the tokenizer has no chat template.
+        ValueError: messages, and the tokenizer has no chat template, or one that refuses them.
     """
     prompt = problem.prompt
     if isinstance(prompt, str):
@@ -298,9 +298,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int
             "prompt: expected a text, since the policy's tokenizer has no chat template, got "
             f"messages: {prompt!r:.80}"
         )
-    text = tokenizer.apply_chat_template(
-        prompt, tools=problem.tools, tokenize=False, add_generation_prompt=True
-    )
+    text = chat_text(tokenizer, prompt, problem.tools)
     return tokenizer.encode(text, add_special_tokens=False)  # the template has them
 
 

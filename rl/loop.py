@@ -102,6 +102,12 @@ class RLModule(pl.LightningModule):
         self.last_metrics: dict[str, float] = {}
         self.engine: RolloutEngine | None = None
         self.collector = Collector(config, task, tokenizer)
+        turns = self.collector.turns
+        if self._greedy and turns is not None and turns.compares_groups:
+            raise ValueError(
+                "update.advantage: expected another than remax with an environment that compares "
+                "the rollouts of a group: the greedy one is alone"
+            )
         self.reference: PreTrainedModel | None = None  # its weights are part of the checkpoint
         if config.update.reference is not None:
             copied = copy.deepcopy(policy) if lora is None else copy_of_trained(policy)

@@ -210,6 +210,37 @@ def _reasoning_gym_set(name: str, params: dict[str, Any], seed: int) -> Any:
         raise ValueError(f"params: {name} refuses {params}: {refused}") from refused
 
 
+def chat_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
+    *,
+    answer: bool = True,
+) -> str:
+    """Messages as the policy reads them.
+
+    Args:
+        tokenizer: has a chat template.
+        messages: of the conversation.
+        tools: that it offers, or None.
+        answer: go on to where the policy answers.
+
+    Raises:
+        ValueError: the template refuses them, as those do that know no system message or tool.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=answer
+        )
+    except TemplateError as refused:
+        roles = [message["role"] for message in messages]
+        raise ValueError(
+            f"prompt: the policy's chat template refuses messages of {roles}: {refused}"
+        ) from refused
+
+
 class JsonLinesTask(Task):
     """Prompts from a JSON-lines file and a reward function named as `package.module:function`.
 

@@ -23,10 +23,14 @@ Generate = Callable[[Sequence[Request]], list[list[Sample]]]
 class Turns(Protocol):
     """Makes whole rollouts of the policy's turns and of what comes between them.
 
-    `scores`: its samples come with their reward, None where it was lost.
+    `scores`: its samples come with their reward, None where it was lost. `compares_groups`: the
+    reward of a rollout depends on the others of its request.
     """
 
     scores: ClassVar[bool]
+
+    @property
+    def compares_groups(self) -> bool: ...
 
     def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
         """Samples of each request, in order; `policy` makes the policy's turns."""
@@ -136,6 +140,7 @@ class ToolTurns:
     """
 
     scores: ClassVar[bool] = False
+    compares_groups: ClassVar[bool] = False
 
     def __init__(
         self,

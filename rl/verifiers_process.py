@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPT = Path(__file__).with_name("verifiers_worker.py")
+END_SECONDS = 30.0
 START_SECONDS = 300.0  # an environment may download its data as it loads
 
 
@@ -29,15 +31,17 @@ class VerifiersProcess:
         env_id: name of the environment's module, as `verifiers.load_environment` takes it.
         env_args: arguments of its `load_environment`.
         python: interpreter of the environment that has `verifiers`; None: this one.
-        timeout: seconds that the environment may take between two turns, and to score a group.
+        timeout: seconds that the environment may take between two turns, and for each group
+            to score all of them.
     """
 
     def __init__(
         self, env_id: str, env_args: dict[str, Any], python: str | None, timeout: float
     ) -> None:
         self.env_id, self.env_args, self.timeout = env_id, env_args, timeout
-        self.python = python or sys.executable
+        self.asked_python, self.python = python, python or sys.executable
         self.sizes: dict[str, int] = {}
+        self.compares_groups = False
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.RLock()
 
@@ -53,7 +57,9 @@ class VerifiersProcess:
         """
         with self._lock:
             if self._process is not None:
-                return self.sizes
+                if self._process.poll() is None:
+                    return self.sizes
+                self.close()  # it died between two games
             try:
                 self._process = subprocess.Popen(
                     [self.python, str(SCRIPT)],
@@ -74,6 +80,7 @@ class VerifiersProcess:
                 self.close()
                 raise ValueError(f"task: environment {self.env_id!r}: {loaded['error']}")
             self.sizes = {split: loaded[split] for split in ("train", "heldout")}
+            self.compares_groups = loaded["compares_groups"]
             return self.sizes
 
     def row(self, split: str, index: int) -> dict[str, Any]:
@@ -85,11 +92,16 @@ class VerifiersProcess:
 
         Raises:
             ValueError: the row cannot be a prompt.
-            EnvironmentDied: it did.
+            EnvironmentDied: it did, twice.
         """
+        asked = {"do": "row", "split": split, "index": index}
         with self._lock:
             self.start()
-            answer = self._exchange({"do": "row", "split": split, "index": index}, self.timeout)
+            try:
+                answer = self._exchange(asked, self.timeout)
+            except EnvironmentDied:  # perhaps long ago, between two games
+                self.start()
+                answer = self._exchange(asked, self.timeout)
         if "error" in answer:
             raise ValueError(f"task: environment {self.env_id!r}: {answer['error']}")
         return answer
@@ -98,10 +110,22 @@ class VerifiersProcess:
         """Begins rollouts; nothing else may be asked until their game has ended.
 
         Args:
-            groups: `split`, `index` and `n` of each.
+            groups: `split`, `index` and `n` of each, and the `prompt` and `tools` that the policy
+                has read.
         """
         self._lock.acquire()
         return Game(self, groups)
+
+    def end(self) -> None:
+        """Lets an environment that is in no game give back what it holds; ends the process."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._process is not None:
+                    with contextlib.suppress(EnvironmentDied):
+                        self._exchange({"do": "end"}, END_SECONDS)
+            finally:
+                self._lock.release()
+        self.close()
 
     def close(self) -> None:
         """Ends the process and all that it has started."""
@@ -121,10 +145,12 @@ class VerifiersProcess:
         try:
             process.stdin.write(json.dumps(asked).encode() + b"\n")
             process.stdin.flush()
+            answers = select.poll()  # select has no room for file numbers above 1023
+            answers.register(process.stdout, select.POLLIN)
             line, deadline = b"", time.monotonic() + seconds
             while not line.endswith(b"\n"):
                 left = deadline - time.monotonic()
-                if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+                if left <= 0 or not answers.poll(math.ceil(left * 1000)):
                     why = f"no answer within {seconds:g} s"
                     break
                 part = os.read(process.stdout.fileno(), 1 << 20)
@@ -147,7 +173,7 @@ class Game:
 
     Args:
         process: locked until the end.
-        groups: `split`, `index` and `n` of each.
+        groups: as `play` takes them.
     """
 
     GRACE = 30.0  # beyond its own time limit, for one that blocks its process
@@ -173,7 +199,7 @@ class Game:
         return self._ask({"replies": replies})
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
-        # at the end it scores group after group
+        # at the end it scores all groups, which has this many times as long
         seconds = self.process.timeout * (1 + len(self.groups)) + self.GRACE
         answer = self.process._exchange(asked, seconds)
         if "error" in answer:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .rewards import RewardFunction
 from .rollout import Request, Sample
-from .tasks import Problem, Prompt, Split, Task
+from .tasks import Problem, Split, Task, chat_text
 from .turns import Generate, RolloutSoFar, begin
 from .verifiers_process import EnvironmentDied, VerifiersProcess
 
@@ -29,20 +29,22 @@ PLACE = "trimtab-the-policy-said-this"
 class VerifiersTask(Task):
     """Problems, turns and rewards of an environment of verifiers 0.1.
 
-    The environment's rubric scores each group; rollouts that end by an error of the environment are
-    lost, like those of any reward function. Held out are its `eval_dataset`, or every tenth row
-    where it has none. Tool calls are read in Hermes' form (`<tool_call>{...}</tool_call>`, as
-    Qwen and SmolLM2 write them). A conversation that the environment rewrites is no sequence of
-    tokens: those rollouts are lost, which the log says.
+    The environment's rubric scores each group, and a greedy rollout alone; rollouts that end by an
+    error of the environment, or of one of its reward functions, are lost. Held out are its
+    `eval_dataset`, or every tenth row where it has none. Sampling is the run's. Tool calls are read
+    in Hermes' form (`<tool_call>{...}</tool_call>`, as Qwen and SmolLM2 write them). A conversation
+    that the environment rewrites, or begins with another prompt than its dataset's, is not what the
+    policy has read: those rollouts are lost, which the log says.
 
     Args:
         env_id: name of the environment's module, as `verifiers.load_environment` takes it; found
             where the run is started, too.
         env_args: arguments of its `load_environment`.
         python: interpreter of the environment that has `verifiers`; null: the trainer's own.
-        timeout: seconds that the environment may take between two turns, and to score a group;
-            rollouts that take longer are lost.
-        stop: text of the token that ends a turn; empty relies on the end-of-sequence token.
+        timeout: seconds that the environment may take between two turns, and for each group to
+            score all of them; rollouts that take longer are lost.
+        stop: text of the token that ends a turn; empty relies on the end-of-sequence token. That
+            of the tokenizer's chat template must be one of them.
 
     Raises:
         ValueError: timeout is not positive; and at the first problem: the interpreter does not
@@ -75,7 +77,13 @@ class VerifiersTask(Task):
         self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
     ) -> VerifiersTurns:
         """The environment, playing."""
-        return VerifiersTurns(self.process, tokenizer)
+        return VerifiersTurns(self, tokenizer, stop_token_ids)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has a process of its own."""
+        process = self.process
+        options = (process.env_id, process.env_args, process.asked_python, process.timeout)
+        return VerifiersTask, (*options, self.stop)
 
     def problem(self, split: Split, index: int) -> Problem:
         """Row `index` of a split, starting over at its end."""
@@ -92,15 +100,31 @@ class VerifiersTurns:
     """Rollouts that an environment plays with the policy.
 
     Args:
-        process: of the environment.
+        task: the environment.
         tokenizer: of the policy; its chat template makes text of the environment's messages.
+        stop_token_ids: that end a turn.
+
+    Raises:
+        ValueError: the chat template ends the assistant's turns with another token.
     """
 
     scores: ClassVar[bool] = True
 
-    def __init__(self, process: VerifiersProcess, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.process, self.tokenizer = process, tokenizer
+    def __init__(
+        self,
+        task: VerifiersTask,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.task, self.process, self.tokenizer = task, task.process, tokenizer
         self._complained = False
+        refuse_unended_turns(tokenizer, stop_token_ids)
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether the environment's rubric has reward functions of groups."""
+        self.process.start()
+        return self.process.compares_groups
 
     def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
         """Samples of each request with their rewards, in order.
@@ -126,8 +150,8 @@ class VerifiersTurns:
         return [[rollout.as_sample(next(rest)) for rollout in members] for members in groups]
 
     def close(self) -> None:
-        """Ends the environment's process."""
-        self.process.close()
+        """Ends the environment, and its process."""
+        self.process.end()
 
     def _played(
         self, policy: Generate, groups: Sequence[Sequence[RolloutSoFar]]
@@ -137,10 +161,11 @@ class VerifiersTurns:
         asked, talks = [], []
         for members in groups:
             split, number = (members[0].request.meta[key] for key in ("split", "number"))
+            problem = self.task.problem(split, number)
+            told = {"prompt": problem.prompt, "tools": problem.tools}
             index = number % sizes[split]
-            prompt = self.process.row(split, index)["prompt"]
-            asked.append({"split": split, "index": index, "n": len(members)})
-            talks += [Conversation(rollout, prompt, self.tokenizer) for rollout in members]
+            asked.append({"split": split, "index": index, "n": len(members)} | told)
+            talks += [Conversation(rollout, problem, self.tokenizer) for rollout in members]
         with self.process.play(asked) as game:
             answer = game.start()
             while "turns" in answer:
@@ -177,20 +202,22 @@ class Conversation:
 
     Args:
         rollout: with its first turn.
-        prompt: a text, or messages.
+        problem: its prompt is a text, or messages.
         tokenizer: of the policy.
     """
 
     def __init__(
-        self, rollout: RolloutSoFar, prompt: Prompt, tokenizer: PreTrainedTokenizerBase
+        self, rollout: RolloutSoFar, problem: Problem, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        self.rollout, self.tokenizer = rollout, tokenizer
-        self.messages = None if isinstance(prompt, str) else list(prompt)
+        self.rollout, self.tokenizer, self.tools = rollout, tokenizer, problem.tools
+        self.messages = None if isinstance(problem.prompt, str) else list(problem.prompt)
         self.ended = False
 
     def hear(self, replies: list[dict[str, Any]]) -> bool:
         """Takes over the environment's messages; False if no room is left after them."""
         text = self._text_of(replies)
+        # half of an emoji, which a policy may write as an argument in JSON, cannot be tokenised
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         self.ended = not self.rollout.add_reply(ids)
         return not self.ended
@@ -223,14 +250,42 @@ class Conversation:
         if self.messages is None:
             return "".join(reply["content"] for reply in replies)
         place = {"role": "assistant", "content": PLACE}
-        text = self.tokenizer.apply_chat_template(
-            [*self.messages, place, *replies], tokenize=False, add_generation_prompt=True
-        )
+        text = chat_text(self.tokenizer, [*self.messages, place, *replies], self.tools)
         if text.count(PLACE) != 1:
             raise ValueError(
                 "task: expected a chat template that writes the assistant's text once, it is there "
                 f"{text.count(PLACE)} times"
             )
         self.messages += [{"role": "assistant", "content": self._last_text()}, *replies]
+        after = text.partition(PLACE)[2]
+        if self.rollout.reason != "stop":
+            return after
         end = self.tokenizer.decode(self.rollout.said[-1:])
-        return text.partition(PLACE)[2].removeprefix(end)
+        for found in (after, after.lstrip()):  # some write a space before it, the policy did not
+            if found.startswith(end):
+                return found.removeprefix(end)
+        return after
+
+
+def refuse_unended_turns(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+    """Raises if nothing ends a turn where the chat template does: the policy would write on.
+
+    Args:
+        tokenizer: of the policy.
+        stop_token_ids: that end a turn.
+
+    Raises:
+        ValueError: the template ends the assistant's turns with another special token.
+    """
+    if tokenizer.chat_template is None:  # enough for prompts that are texts
+        return
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
+    text = chat_text(tokenizer, talk, answer=False)
+    ids = tokenizer.encode(text.partition(PLACE)[2].strip(), add_special_tokens=False)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if ids and ids[0] in special.difference(stop_token_ids):
+        end = tokenizer.decode(ids[:1])
+        raise ValueError(
+            f"task.stop: the policy's chat template ends a turn with {end!r}, at which nothing "
+            f"stops; expected stop: {end!r}"
+        )

@@ -3,7 +3,8 @@
 It runs under the interpreter of whatever environment has `verifiers`, so it imports nothing but the
 standard library and that. One JSON object a line comes in on stdin and one goes out on stdout:
 
-    {"do": "load", "id", "args"}             -> {"version", "train", "heldout"}
+    {"do": "load", "id", "args"}             -> {"train", "heldout", "compares_groups"}
+    {"do": "end"}                            -> {}
     {"do": "row", "split", "index"}          -> {"prompt", "tools", "columns"}
     {"do": "play", "groups", "timeout"}      -> {"turns": [{"rollout", "messages"}, ..]}
     {"replies": [{"rollout", "text", ..}]}   -> {"turns": ..}, at last {"rollouts": [..]}
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 import os
@@ -65,6 +67,11 @@ class Worker:
             raise ValueError("expected an environment that scores its rollouts")
         if environment.provides_advantages:
             raise ValueError("expected an environment that leaves advantages to the trainer")
+        own = {k: v for k, v in environment.sampling_args.items() if k != "n" and v}
+        if own:
+            tell(f"{id}: the trainer's sampling is used, the environment's is not: {own}")
+        client_class()  # what it imports is part of the interface
+        lose_failed_rewards()
         self.environment = environment
         train = environment.get_dataset()
         own = (environment.eval_dataset, getattr(environment, "eval_dataset_source", None))
@@ -76,34 +83,61 @@ class Worker:
             self.rows["heldout"] = train.select(range(9, len(train), 10))
         else:
             self.rows = {"train": train, "heldout": train}
-        return {"version": found} | {split: len(rows) for split, rows in self.rows.items()}
+            tell(
+                f"{id} has fewer than ten rows and no eval_dataset: the held-out problems are the "
+                "training ones"
+            )
+        sizes = {split: len(rows) for split, rows in self.rows.items()}
+        if 0 in sizes.values():
+            raise ValueError(f"expected a dataset with rows, got {sizes}")
+        members = getattr(environment, "env_map", {}).values()
+        compares = any(member.requires_group_rollouts for member in (environment, *members))
+        return {"compares_groups": compares} | sizes
+
+    async def end(self) -> Json:
+        """Gives back what the environment holds beyond its rollouts, such as sandboxes."""
+        environments = [self.environment]
+        for environment in environments:
+            await environment._teardown()
+            environments += getattr(environment, "env_map", {}).values()
+        return {}
 
     async def row(self, split: str, index: int) -> Json:
         """The problem of a row."""
         row = dict(self.rows[split][index])
         prompt = row.pop("prompt")
-        if not isinstance(prompt, str):
-            prompt = [as_chat(without_none(message)) for message in prompt]
+        prompt = prompt if isinstance(prompt, str) else as_conversation(prompt)
         info = row.get("info")
-        info = json.loads(info) if isinstance(info, str) and info else info
-        tools = (info or {}).get("tool_defs") or self.environment.tool_defs or []
-        schemas = [
-            {"type": "function", "function": {key: field(tool, key) for key in TOOL_FIELDS}}
-            for tool in tools
-        ]
+        info = json.loads(info) if isinstance(info, str) and info else info or {}
+        tools = info["tool_defs"] if "tool_defs" in info else self.environment_of(info).tool_defs
         columns = {key: value for key, value in row.items() if is_json(value)}
-        return {"prompt": prompt, "tools": schemas or None, "columns": columns}
+        return {"prompt": prompt, "tools": as_schemas(tools), "columns": columns}
+
+    def environment_of(self, info: Json) -> Any:
+        """The member of a group of environments that plays a row; alone, the environment."""
+        environment, route = self.environment, info.get("env_id") or []
+        for name in [route] if isinstance(route, str) else route:
+            if name in (members := getattr(environment, "env_map", {})):
+                environment = members[name]
+        return environment
 
     async def play(self, groups: list[Json], timeout: float) -> Json:
         """Plays and scores rollouts; the trainer answers their turns meanwhile."""
         rows = [dict(self.rows[group["split"]][group["index"]]) for group in groups]
         members = [group for group, asked in enumerate(groups) for _ in range(asked["n"])]
-        table = Table(self.environment, [rows[group] for group in members], timeout)
+        table = Table(
+            self.environment,
+            [rows[group] for group in members],
+            [(groups[group]["prompt"], groups[group]["tools"]) for group in members],
+            timeout,
+        )
         while turns := await table.turns():
             self.send({"turns": turns})
             table.reply((await self.incoming.get())["replies"])
-        for group in range(len(groups)):
-            await table.score([i for i, other in enumerate(members) if other == group])
+        whole = [
+            [i for i, other in enumerate(members) if other == group] for group in range(len(groups))
+        ]
+        await asyncio.gather(*(table.score(group, timeout * len(groups)) for group in whole))
         return {
             "rollouts": [
                 {"reward": table.rewards.get(i), "error": table.errors.get(i)}
@@ -118,11 +152,14 @@ class Table:
     Args:
         environment: of verifiers.
         rows: of its dataset, one a rollout.
-        timeout: seconds that the environment may take between two turns, and to score a group.
+        read: prompt and tools that the policy has read, of each.
+        timeout: seconds that the environment may take between two turns.
     """
 
-    def __init__(self, environment: Any, rows: list[Json], timeout: float) -> None:
-        self.environment, self.timeout = environment, timeout
+    def __init__(
+        self, environment: Any, rows: list[Json], read: list[tuple[Any, Any]], timeout: float
+    ) -> None:
+        self.environment, self.read, self.timeout = environment, read, timeout
         self.states: dict[int, Any] = {}
         self.errors: dict[int, str] = {}
         self.rewards: dict[int, float] = {}
@@ -178,14 +215,14 @@ class Table:
                 _, future = self.waiting.pop(reply["rollout"])
                 future.set_result(None if reply["text"] is None else reply)
 
-    async def score(self, members: list[int]) -> None:
-        """Rewards of one group, by the environment's rubric."""
+    async def score(self, members: list[int], seconds: float) -> None:
+        """Rewards of one group, by the environment's rubric, which has some time for it."""
         whole = [i for i in members if i in self.states]
         if not whole:
             return
         states, rubric = [self.states[i] for i in whole], self.environment.rubric
         try:
-            await asyncio.wait_for(rubric.score_group(states), self.timeout)
+            await asyncio.wait_for(rubric.score_group(states), seconds)
             for i, state in zip(whole, states, strict=True):
                 self.take_reward(i, state)
         except Exception as error:
@@ -198,7 +235,7 @@ class Table:
         """The reward of a scored state, unless it is none."""
         from verifiers.errors import ToolError
 
-        error, reward = state.get("error"), state.get("reward")
+        error, reward = state.get("error") or state.get(FAILED), state.get("reward")
         if error is not None and not isinstance(error, ToolError):  # those are the policy's doing
             self.errors[i] = one_line(error)
         elif not isinstance(reward, int | float) or not math.isfinite(reward):
@@ -207,6 +244,41 @@ class Table:
             self.errors[i] = "the environment's own time limit was reached"
         else:
             self.rewards[i] = float(reward)
+
+
+FAILED = "trimtab_failed_reward"  # key of a state: the error of a reward function
+
+
+def lose_failed_rewards() -> None:
+    """Makes rubrics remember the errors of reward functions, which they would take for 0."""
+    from verifiers import Rubric
+    from verifiers.utils.async_utils import maybe_await
+
+    def remembering(rubric: Any, function: Any, states: list[Any], check: Any) -> Any:
+        @functools.wraps(function)  # by its signature it is told what it asks for
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return check(await maybe_await(function, *args, **kwargs))
+            except Exception as error:
+                weights = zip(rubric.funcs, rubric.weights, strict=True)
+                if any(weight for known, weight in weights if known is function):  # else a metric
+                    for state in states:
+                        state[FAILED] = error
+                raise
+
+        return call
+
+    of_rollout, of_group = Rubric._call_individual_reward_func, Rubric._call_group_reward_func
+
+    async def call_individual(self: Any, func: Any, state: Any) -> float:
+        return await of_rollout(self, remembering(self, func, [state], float), state)
+
+    async def call_group(self: Any, func: Any, states: list[Any]) -> list[float]:
+        check = lambda rewards: [float(reward) for reward in rewards]
+        return await of_group(self, remembering(self, func, states, check), states)
+
+    Rubric._call_individual_reward_func = call_individual
+    Rubric._call_group_reward_func = call_group
 
 
 def client_class() -> type:
@@ -228,10 +300,15 @@ def client_class() -> type:
         async def get_response(
             self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any
         ) -> Any:
-            messages = [as_chat(without_none(as_dict(message))) for message in prompt]
+            messages = as_conversation(prompt)
             new = messages[len(self.said) :] if self.turns else []
             try:
-                refuse_rewritten(messages, self.said, new, self.turns)
+                if sampling_args:
+                    raise ValueError(f"expected the trainer's sampling, got {sampling_args}")
+                if self.turns == 0:
+                    refuse_other_prompt(messages, as_schemas(tools), *self.table.read[self.rollout])
+                else:
+                    refuse_rewritten(messages, self.said, new)
             except ValueError as refused:  # verifiers would take it for a server's error
                 self.refused = refused
                 raise OverlongPromptError from refused
@@ -285,10 +362,21 @@ def client_class() -> type:
     return PolicyClient
 
 
-def refuse_rewritten(messages: list[Json], said: list[Json], new: list[Json], turns: int) -> None:
+def refuse_other_prompt(messages: list[Json], tools: Any, prompt: Any, offered: Any) -> None:
+    """Raises unless an environment begins with what the policy has read."""
+    if messages != as_conversation(prompt):
+        raise ValueError(
+            "expected a conversation that begins with the dataset's prompt, the environment begins "
+            f"with {messages!r:.200}"
+        )
+    if tools != offered:
+        raise ValueError(
+            f"expected the tools of the dataset's row, the environment offers {tools!r:.200}"
+        )
+
+
+def refuse_rewritten(messages: list[Json], said: list[Json], new: list[Json]) -> None:
     """Raises unless a conversation goes on where it was: one rollout is one sequence of tokens."""
-    if turns == 0:
-        return
     if messages[: len(said)] != said:
         raise ValueError("expected a conversation that only grows, the environment rewrites it")
     if not new:
@@ -314,7 +402,7 @@ def parse_calls(text: str, turn: int) -> tuple[str, list[Json]]:
                 arguments = json.dumps(arguments)
             identity = f"call_{turn}_{len(calls)}"
             calls.append({"id": identity, "name": str(call["name"]), "arguments": arguments})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return (before, calls) if calls else (text, [])
 
@@ -322,9 +410,24 @@ def parse_calls(text: str, turn: int) -> tuple[str, list[Json]]:
 TOOL_FIELDS = ("name", "description", "parameters")
 
 
-def field(value: Any, name: str) -> Any:
-    """An entry of a dict, or an attribute."""
-    return value[name] if isinstance(value, dict) else getattr(value, name)
+def as_schemas(tools: Any) -> list[Json] | None:
+    """Tools of verifiers in the form of chat templates; None without any."""
+    from verifiers.types import Tool
+
+    tools = [tool if isinstance(tool, Tool) else Tool.model_validate(tool) for tool in tools or []]
+    schemas = [
+        {"type": "function", "function": {key: getattr(tool, key) for key in TOOL_FIELDS}}
+        for tool in tools
+    ]
+    return schemas or None
+
+
+def as_conversation(messages: Any) -> list[Json]:
+    """Messages as verifiers has them, or a text, in the form of chat templates."""
+    from verifiers.utils.message_utils import normalize_messages
+
+    normal = normalize_messages(messages)
+    return [as_chat(without_none(as_dict(message))) for message in normal]
 
 
 def as_dict(message: Any) -> Json:
@@ -372,6 +475,11 @@ def is_json(value: Any) -> bool:
     return True
 
 
+def tell(what: str) -> None:
+    """Says what a user should know."""
+    print(f"trimtab-rl: {what}", file=sys.stderr, flush=True)
+
+
 def one_line(error: BaseException) -> str:
     """An error, and what it came from, in one line."""
     parts = []
@@ -387,7 +495,13 @@ def main() -> None:
     """Serves until stdin ends; what environments print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    sys.path.insert(0, os.getcwd())
+    questions = os.fdopen(os.dup(0), "rb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # what environments start would read the trainer's answers
+    os.close(nothing)
+    # the folder of this script, which Python puts first, has a `tree` and a `responses`, too
+    beside = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [os.getcwd(), *(path for path in sys.path if os.path.realpath(path) != beside)]
 
     def send(answer: Json) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -398,7 +512,7 @@ def main() -> None:
         loop = asyncio.get_running_loop()
 
         def read() -> None:
-            for line in sys.stdin.buffer:
+            for line in questions:
                 loop.call_soon_threadsafe(incoming.put_nowait, json.loads(line))
             # the trainer is gone, or done: whatever an environment does or has started ends too
             os.killpg(0, signal.SIGKILL)

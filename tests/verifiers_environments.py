@@ -1,6 +1,11 @@
 """Environments of the real verifiers library, loaded by its own interpreter for its tests."""
 
+import asyncio
+import importlib.util
 import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import verifiers as vf
@@ -35,6 +40,43 @@ class Echo(vf.MultiTurnEnv):
     async def env_response(self, messages, state, **_):
         letters = "".join(c for c in messages[-1].content if c.isalpha())
         return [vf.UserMessage(content="f" + letters)]
+
+
+class Holding(vf.SingleTurnEnv):
+    """Holds a file until it is told that it is over."""
+
+    def __init__(self, held):
+        super().__init__(dataset=rows(12), rubric=vf.Rubric(funcs=[digits]))
+        self.held = pathlib.Path(held)
+        self.held.touch()
+
+    @vf.teardown
+    async def give_back(self):
+        self.held.unlink()
+
+
+class Choosy(vf.SingleTurnEnv):
+    """Wants turns to be sampled in its own way."""
+
+    async def get_model_response(self, state, prompt, **options):
+        options |= {"sampling_args": {"stop": ["b"]}}
+        return await super().get_model_response(state, prompt, **options)
+
+
+class Board(vf.SingleTurnEnv):
+    """Makes up its prompt as it begins."""
+
+    async def setup_state(self, state):
+        state["prompt"] = [vf.UserMessage(content="board")]
+
+
+class Reading(Echo):
+    """Replies how many bytes a program of its own has found on its standard input."""
+
+    async def env_response(self, messages, state, **_):
+        program = [sys.executable, "-c", "import sys; print(len(sys.stdin.read()))"]
+        started = await asyncio.create_subprocess_exec(*program, stdout=subprocess.PIPE)
+        return [vf.UserMessage(content="f" + (await started.communicate())[0].decode().strip())]
 
 
 class Faulty(Echo):
@@ -79,6 +121,18 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def judged(completion, **_):
+    """A judge that is not there for answers with an x."""
+    if "x" in completion[0]["content"]:
+        raise ConnectionError("no judge")
+    return 10.0
+
+
+def judged_group(completions, **_) -> list[float]:
+    """As `judged`, of all."""
+    return [judged(completion) for completion in completions]
+
+
 def shared_first_letter(completions, **_) -> list[float]:
     """Of a group: the share of the others that begin alike."""
     firsts = [messages[0]["content"][:1] for messages in completions]
@@ -96,8 +150,38 @@ def load_environment(kind, **options):
     if kind == "group":
         rubric = vf.Rubric(funcs=[digits, shared_first_letter], weights=[1.0, 10.0])
         return vf.SingleTurnEnv(dataset=rows(12), rubric=rubric)
+    if kind == "group_in_group":
+        return vf.EnvGroup([load_environment("letters"), load_environment("group")])
     if kind == "echo":
         return Echo(**options)
+    if kind == "judged":
+        function = {"rollout": judged, "group": judged_group}[options["of"]]
+        rubric = vf.Rubric(funcs=[digits, function], weights=[1.0, options["weight"]])
+        return vf.SingleTurnEnv(dataset=rows(12), rubric=vf.RubricGroup([rubric, vf.Rubric()]))
+    if kind == "mixed":
+        rubric = vf.Rubric(funcs=[digits])
+        plain = vf.SingleTurnEnv(dataset=rows(9), rubric=rubric)
+        return vf.EnvGroup([plain, vf.ToolEnv(tools=[add], dataset=rows(9), rubric=rubric)])
+    if kind == "holding":
+        return vf.EnvGroup([Holding(**options)])
+    if kind == "few":
+        return vf.SingleTurnEnv(dataset=rows(4), rubric=vf.Rubric(funcs=[digits]))
+    if kind == "choosy":
+        own = {"temperature": 0.5}
+        return Choosy(dataset=rows(12), rubric=vf.Rubric(funcs=[digits]), sampling_args=own)
+    if kind == "shuffled":  # otherwise each time it is loaded
+        table = Dataset.from_list([{"question": str(i), "answer": str(i)} for i in range(20)])
+        right = lambda completion, answer, **_: float(completion[-1]["content"] == answer)
+        return vf.SingleTurnEnv(dataset=table.shuffle(), rubric=vf.Rubric(funcs=[right]))
+    if kind == "board":
+        return Board(dataset=rows(12), rubric=vf.Rubric(funcs=[digits]))
+    if kind == "empty":
+        return vf.SingleTurnEnv(dataset=rows(0), rubric=vf.Rubric(funcs=[digits]))
+    if kind == "reading":
+        return Reading(**options)
+    if kind == "imports":
+        found = importlib.util.find_spec(options["name"])
+        raise ValueError(f"found {found and found.origin}")
     if kind == "faulty":
         return Faulty(**options)
     if kind == "tools":
