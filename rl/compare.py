@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .durable import replace_text
 from .families import chart_title, charts, family_title
 from .html_parts import chart_grid, html_page, html_table, number_text, series
-from .recording import replace_text
-from .run_record import RunRecord, figures, flat, read_run
+from .run_record import RunRecord, figures, flat, read_run, wall_seconds
 from .svg import line_chart
 
 MISSING = "-"
@@ -205,7 +205,7 @@ def _curve_charts(runs: dict[str, RunRecord]) -> list[str]:
 def _over_seconds(record: RunRecord) -> list[tuple[float, float | None]]:
     seconds, line = 0.0, []
     for row in record.rows:
-        seconds += sum(row.get(f"time/{part}") or 0.0 for part in ("rollout", "reward", "update"))
+        seconds += sum(wall_seconds([row]).values())
         line.append((seconds, row.get("reward")))
     return line
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .durable import replace_text
 from .pass_at_k import Estimate
-from .recording import replace_text
 
 
 def store_evaluation(stored: dict[str, Any], folder: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
+from .durable import replace_text
 from .families import chart_title, charts, family_title, line_name
 from .html_parts import chart_grid, html_page, html_table, number_text, series
 from .html_transcripts import transcripts_table
-from .recording import replace_text
 from .run_record import RunRecord, figures, read_run, wall_seconds
 from .svg import Points, line_chart
 
@@ -73,7 +73,7 @@ def html_report(record: RunRecord) -> str:
 
 
 def _summary(record: RunRecord) -> str:
-    wall = wall_seconds(record)
+    wall = wall_seconds(record.rows)
     parts = [html_table(figures(record).items())]
     before, after = (record.summary.get(when) for when in ("before", "after"))
     if before or after:

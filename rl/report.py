@@ -43,10 +43,9 @@ def print_table(summary: dict[str, Any], folder: Path) -> None:
         console.print(table)
     seconds = summary["seconds"]
     time_table = Table(title=f"wall time of {summary['updates']} updates (s)")
-    for name in ("rollout", "reward", "update", "sum"):
+    for name in (*seconds, "sum"):
         time_table.add_column(name, justify="right")
-    parts = [seconds["rollout"], seconds["reward"], seconds["update"]]
-    time_table.add_row(*(f"{s:.1f}" for s in (*parts, sum(parts))))
+    time_table.add_row(*(f"{s:.1f}" for s in (*seconds.values(), sum(seconds.values()))))
     console.print(time_table)
     console.print(f"run folder: {folder}", soft_wrap=True, highlight=False)
 

@@ -43,6 +43,7 @@ from .recording import (
     replaced_folder,
 )
 from .report import draw_report, print_table
+from .run_record import wall_seconds
 from .server_client import ServerFailed
 from .server_engine import check_servers
 from .sharding import full_parameters, stored_buffers
@@ -278,10 +279,7 @@ class Run:
             return
         rows = read_rows(folder.metrics)
         summary = json.loads(folder.summary.read_text()) if folder.summary.is_file() else {}
-        summary["seconds"] = {
-            part: sum(row.get(f"time/{part}", 0.0) for row in rows)
-            for part in ("rollout", "reward", "update")
-        }
+        summary["seconds"] = wall_seconds(rows)
         summary["health"] = module.health.summary()
         draw_report(folder.metrics, folder.report)
         if module.updates_done < self.config.updates:

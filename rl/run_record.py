@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def figures(record: RunRecord) -> dict[str, float | None]:
         "greedy accuracy after": after.get("greedy"),
         f"mean reward, last {LAST} updates": mean_of(rows[-LAST:], "reward"),
         f"mean length, last {LAST} updates (tokens)": mean_of(rows[-LAST:], "length"),
-        "wall time (s)": sum(wall_seconds(record).values()) if rows else None,
+        "wall time (s)": sum(wall_seconds(rows).values()) if rows else None,
         "tokens": sum(row.get("tokens") or 0.0 for row in rows) if rows else None,
         "rollout (tokens/s)": _rate(rows, "rollout"),
         "update (tokens/s)": _rate(rows, "update"),
@@ -123,19 +123,22 @@ def figures(record: RunRecord) -> dict[str, float | None]:
     }
 
 
-def wall_seconds(record: RunRecord) -> dict[str, float]:
-    """Seconds of all updates by part.
+def wall_seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Wall time of updates by part; its sum is what they took.
 
     Args:
-        record: of the run.
+        rows: of metrics.jsonl.
 
     Returns:
-        `rollout`, `reward`, `update`.
+        `rollout`, `reward` and `update`, seconds; for rollouts that were made while the trainer
+        computed, `wait`, which was waited for them, in place of the first two.
     """
-    return {
-        part: sum(row.get(f"time/{part}") or 0.0 for row in record.rows)
-        for part in ("rollout", "reward", "update")
-    }
+    seconds: dict[str, float] = {}
+    for row in rows:
+        ahead = row.get("time/wait") is not None
+        for part in ("wait", "update") if ahead else ("rollout", "reward", "update"):
+            seconds[part] = seconds.get(part, 0.0) + (row.get(f"time/{part}") or 0.0)
+    return seconds
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:

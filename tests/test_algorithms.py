@@ -1,6 +1,8 @@
 """The methods as runs: what reaches the optimizer, the buffer, the budget and the reference."""
 
 import dataclasses
+import json
+import time
 
 import pytest
 import pytorch_lightning as pl
@@ -8,6 +10,7 @@ import tiny_run
 import torch
 from loop_cases import KeepGradient, Letters, config_of, train
 from reward_functions import digits_written, fails_on_a
+from tiny_run import run_here, write_recipe
 from transformers import AutoModelForCausalLM
 
 from trimtab.rl import (
@@ -307,6 +310,16 @@ def test_rollouts_ahead_are_of_the_policy_one_update_before(policy_folder):
         assert {k: v for k, v in row.items() if "time/" not in k} == {
             k: v for k, v in other.items() if "time/" not in k
         }, "the same whatever takes how long"
+
+
+def test_the_seconds_of_a_run_ahead_are_no_more_than_it_took(tmp_path):
+    recipe = write_recipe(tmp_path, {"updates": 6, "rollout.asynchronous": True})
+    started = time.perf_counter()
+    said = run_here(["--config", recipe, "--run_dir", "run"], tmp_path)
+    took = time.perf_counter() - started
+    seconds = json.loads((tmp_path / "run/summary.json").read_text())["seconds"]
+    assert set(seconds) == {"wait", "update"} and 0 < sum(seconds.values()) < took
+    assert "wait" in said
 
 
 def test_an_engine_that_fails_ahead_leaves_the_checkpoint_of_what_is_done(policy_folder, tmp_path):

@@ -6,7 +6,7 @@ from pages import Page, offline
 
 from trimtab.rl.cli import main
 from trimtab.rl.compare import comparison_page, differences, named_runs
-from trimtab.rl.run_record import figures, read_run
+from trimtab.rl.run_record import figures, read_run, wall_seconds
 
 
 def made(folder, lr, rewards, *, before=None, after=None, seconds=0.5, extra=None):
@@ -66,6 +66,12 @@ def test_figures_by_hand(runs):
     assert found["tokens"] == 12 * 80
     assert found["rollout (tokens/s)"] == 160 and found["update (tokens/s)"] == 80
     assert figures(read_run("b"))["mean reward, last 10 updates"] == pytest.approx(0.375)
+
+
+def test_rollouts_made_ahead_count_by_what_was_waited_for_them():
+    row = {"time/rollout": 9.0, "time/reward": 4.0, "time/update": 2.0}
+    assert wall_seconds([row, row]) == {"rollout": 18.0, "reward": 8.0, "update": 4.0}
+    assert wall_seconds([row | {"time/wait": 0.5}] * 2) == {"wait": 1.0, "update": 4.0}
 
 
 def test_the_tables(runs, capsys):
