@@ -159,5 +159,6 @@ def run_here(arguments: list[str | Path], folder: Path) -> str:
 
 def metrics_of(run_folder: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without the wall times."""
+    timed = ("time/", "prefix/seconds_")
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
