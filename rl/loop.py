@@ -73,6 +73,9 @@ class RLModule(pl.LightningModule):
         tokenizer: turns prompts into ids once, and completions into text for the reward.
         task: gives the reward function and the stop text.
         teacher: of the loss imitation, with the policy's vocabulary; else None.
+
+    Raises:
+        ValueError: the advantage remax, and an environment that compares the rollouts of a group.
     """
 
     teacher: PreTrainedModel | None

@@ -374,6 +374,7 @@ def test_help_documents_every_field(capfd):
         "rollout.budget",
         "rollout.tree",
         "rollout.vllm",
+        "rollout.paged_cache",
         "policy.warmup",
         "policy.lora",
         "teacher",

@@ -129,14 +129,19 @@ def test_tiles_of_their_real_size_match_reference(shape, device, monkeypatch):
 )
 @both_paths
 def test_options_match_reference(fn, options, device):
-    check_against_reference(fn, (37, 101, 24), device, dtype=torch.float32, **options)
+    # The backward computes z again. Where the product's order depends on the tile, as that of the
+    # interpreter's BLAS does on some CPUs, a p of 1 is off by ulp(z) / T; the reference's is exact.
+    slack = 40.0 if options.get("temperature") == 0.01 else 4.0
+    check_against_reference(fn, (37, 101, 24), device, dtype=torch.float32, slack=slack, **options)
 
 
 ORDERS = 8  # of the sums over D: how much one of them errs is luck, up to 29 times when cold
 
 
-def check_against_reference(fn, shape, device, *, dtype, bias=False, scale=1.0, **options):
-    """The kernel errs at most 4 times as much as the worst of the reference's orders."""
+def check_against_reference(
+    fn, shape, device, *, dtype, bias=False, scale=1.0, slack=4.0, **options
+):
+    """The kernel errs at most `slack` times as much as the worst of the reference's orders."""
     hidden, weight, offsets, labels = example(shape, device, dtype=dtype, scale=scale)
     offsets *= scale
     if shape[0] > 2:
@@ -165,7 +170,7 @@ def check_against_reference(fn, shape, device, *, dtype, bias=False, scale=1.0, 
 
     def check(k, rs, t, name):
         worst = max(rs, key=lambda r: (r.double() - t).abs().max().item())
-        assert_as_close_as(k, worst, t, name=name, slack=4.0)
+        assert_as_close_as(k, worst, t, name=name, slack=slack)
 
     for i, (name, k, t) in enumerate(zip(TokenStats._fields, kernel, truth, strict=True)):
         if t is None:
