@@ -3,10 +3,10 @@
     pytest benchmarks/bench_rl.py --benchmark-json=benchmarks/results/bench_rl.json
 
 8 prompts of 180 tokens x 16 rollouts on the demo's model size, fp32, random weights.
-Rollout: this engine against transformers' `generate`, 32 tokens each and no stop token, so that
-both decode the same 4,096 tokens. Update: each prompt once for its group (packed) against repeated
-(dense), responses of 4 to 40 tokens. Providers are checked against each other first; compare them
-within one run.
+Rollout: our engine and transformers' continuous batching against its `generate`, 32 tokens each
+and no stop token, so that all decode the same 4,096 tokens. Update: each prompt once for its group
+(packed) against repeated (dense), responses of 4 to 40 tokens. Engine, `generate` and the routes
+are checked against each other first; compare them within one run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trimtab.rl import Request, Sampling, TransformersEngine, response_logits
+from trimtab.rl import (
+    ContinuousBatchingEngine,
+    Request,
+    Sampling,
+    TransformersEngine,
+    response_logits,
+)
 
 PROMPTS, GROUP, NEW = 8, 16, 32
 
@@ -52,8 +58,8 @@ def with_generate(model, prompts):
     )
 
 
-def with_engine(model, prompts):
-    engine = TransformersEngine(model, dtype=torch.float32)
+def with_engine(model, prompts, engine_class):
+    engine = engine_class(model, dtype=torch.float32)
     requests = [
         Request(row, Sampling(n=GROUP, max_tokens=NEW, seed=i))
         for i, row in enumerate(prompts.tolist())
@@ -62,13 +68,12 @@ def with_engine(model, prompts):
 
 
 @pytest.mark.benchmark(group="rollout", min_rounds=5, warmup=True, warmup_iterations=1)
-@pytest.mark.parametrize("provider", ["engine", "generate"])
+@pytest.mark.parametrize("provider", ["engine", "continuous_batching", "generate"])
 def test_rollout(benchmark, provider, model, prompts):
-    call = (
-        with_engine(model, prompts)
-        if provider == "engine"
-        else lambda: with_generate(model, prompts)
-    )
+    engines = {"engine": TransformersEngine, "continuous_batching": ContinuousBatchingEngine}
+    call = lambda: with_generate(model, prompts)
+    if provider in engines:
+        call = with_engine(model, prompts, engines[provider])
     check_greedy(model, prompts)
     with torch.no_grad():
         benchmark(call)

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py --minutes 30
 
-About half of the time a supervisor disturbs a run at random (seeded): it kills the trainer, at any
+For some minutes a supervisor disturbs a run at random (seeded): it kills the trainer, at any
 time, while it starts, and half-way through a checkpoint, interrupts it, fills its disk, and has its
 rollout engine raise, once (which the run outlives) and twice (which stops it). Each time it resumes
 the run. Meanwhile reward functions hang, crash, flood and fork, and gradients and weights become
@@ -320,7 +320,7 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
     """Runs the disturbed run and its twin.
 
     Args:
-        minutes: of the disturbed part; the twin's, without its faults, come after them.
+        minutes: of the disturbed part; the end of the run and its twin come on top.
         seed: of everything random.
         folder: for both; empty.
 

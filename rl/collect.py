@@ -83,12 +83,9 @@ class Collector:
         self.stop_token_ids = stop_token_ids(tokenizer, task)
         self.turns = task.turns(tokenizer, self.stop_token_ids)
         self.worker: RewardWorker | None = None
-        if self.turns is None or not self.turns.scores:
-            self.worker = RewardWorker(
-                task.reward_function(),
-                config.rollout.reward_timeout,
-                config.rollout.reward_memory_mb,
-            )
+        if (function := task.reward_function()) is not None:
+            rollout = config.rollout
+            self.worker = RewardWorker(function, rollout.reward_timeout, rollout.reward_memory_mb)
 
     def collect(
         self,

@@ -160,9 +160,9 @@ class ServerEvaluation:
         )
         started = time.time()
         rollout = self.config.rollout
-        worker = RewardWorker(
-            self.config.task.reward_function(), rollout.reward_timeout, rollout.reward_memory_mb
-        )
+        function = self.config.task.reward_function()
+        assert function is not None  # only of tasks whose rollouts go in turns
+        worker = RewardWorker(function, rollout.reward_timeout, rollout.reward_memory_mb)
         try:
             groups, cut = self._groups(worker)
         except (ConnectionError, ServerFailed, ServerRefused) as error:

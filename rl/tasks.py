@@ -83,8 +83,11 @@ class Task(ABC):
         """Problem number `index` >= 0 of a split; a pure function of its arguments."""
 
     @abstractmethod
-    def reward_function(self) -> RewardFunction:
-        """A picklable function `(prompts, completions, completion_ids, **columns) -> rewards`."""
+    def reward_function(self) -> RewardFunction | None:
+        """A picklable function `(prompts, completions, completion_ids, **columns) -> rewards`.
+
+        None: what `turns` makes comes with its reward.
+        """
 
 
 class ReasoningGymTask(Task):

@@ -21,16 +21,12 @@ Generate = Callable[[Sequence[Request]], list[list[Sample]]]
 
 
 class Turns(Protocol):
-    """Makes whole rollouts of the policy's turns and of what comes between them.
-
-    `scores`: its samples come with their reward, None where it was lost. `compares_groups`: the
-    reward of a rollout depends on the others of its request.
-    """
-
-    scores: ClassVar[bool]
+    """Makes whole rollouts of the policy's turns and of what comes between them."""
 
     @property
-    def compares_groups(self) -> bool: ...
+    def compares_groups(self) -> bool:
+        """Whether the reward of a rollout depends on the others of its request."""
+        ...
 
     def generate(self, policy: Generate, requests: Sequence[Request]) -> list[list[Sample]]:
         """Samples of each request, in order; `policy` makes the policy's turns."""
@@ -139,7 +135,6 @@ class ToolTurns:
         ValueError: the text that ends a call is not one token, or one that ends a rollout.
     """
 
-    scores: ClassVar[bool] = False
     compares_groups: ClassVar[bool] = False
 
     def __init__(

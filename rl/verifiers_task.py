@@ -11,11 +11,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .rewards import RewardFunction
 from .rollout import Request, Sample
 from .tasks import Problem, Split, Task, chat_text
 from .turns import Generate, RolloutSoFar, begin
@@ -91,9 +90,8 @@ class VerifiersTask(Task):
         row = self._row(split, index)
         return Problem(f"{split}/{index}", row["prompt"], row["columns"], row["tools"])
 
-    def reward_function(self) -> RewardFunction:
-        """None to call: the environment scores."""
-        raise NotImplementedError("an environment of verifiers scores its rollouts itself")
+    def reward_function(self) -> None:
+        """None: the environment scores its rollouts."""
 
 
 class VerifiersTurns:
@@ -107,8 +105,6 @@ class VerifiersTurns:
     Raises:
         ValueError: the chat template ends the assistant's turns with another token.
     """
-
-    scores: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -338,23 +338,12 @@ def client_class() -> type:
                 message=message,
             )
 
-        def setup_client(self, config: Any) -> Any:
+        async def unused(self, *_: Any, **__: Any) -> Any:
+            """What a client of a server is made of; `get_response` needs none of it."""
             raise NotImplementedError
 
-        async def to_native_tool(self, tool: Any) -> Any:
-            raise NotImplementedError
-
-        async def to_native_prompt(self, messages: Any) -> Any:
-            raise NotImplementedError
-
-        async def get_native_response(self, *_: Any, **__: Any) -> Any:
-            raise NotImplementedError
-
-        async def raise_from_native_response(self, response: Any) -> None:
-            raise NotImplementedError
-
-        async def from_native_response(self, response: Any) -> Any:
-            raise NotImplementedError
+        setup_client = to_native_tool = to_native_prompt = get_native_response = unused
+        raise_from_native_response = from_native_response = unused
 
         async def close(self) -> None:
             pass

@@ -1,5 +1,7 @@
 """transformers' own continuous batching as a rollout engine."""
 
+import logging
+
 import pytest
 import tiny_run
 import torch
@@ -100,6 +102,32 @@ def test_the_models_own_generation_config_changes_nothing(policy):
     assert own.generate(asked) == plain.generate(asked)
 
 
+def test_others_draw_on_as_if_it_had_not_sampled(engine):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    engine.generate(cases.requests())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_only_the_word_about_min_p_is_left_out(engine, caplog):
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    logger.addHandler(caplog.handler)  # it does not propagate
+    try:
+        with caplog.at_level(logging.WARNING, logger.name):
+            generate_batch = engine.model.generate_batch
+
+            def telling(*args, **options):
+                logger.warning("something else")
+                return generate_batch(*args, **options)
+
+            engine.model.generate_batch = telling
+            engine.generate(cases.requests(min_p=0.3))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "something else" in caplog.text and "MinP" not in caplog.text
+
+
 def test_what_it_cannot_do_is_refused(engine):
     with pytest.raises(ValueError, match="requests: expected no tree"):
         engine.generate([Request([5], Sampling(n=2, tree=Tree(segment=3)))])
@@ -166,5 +194,6 @@ def test_trimtab_rl_trains_with_it_and_resumes(tmp_path, ahead):
 # * `min_p=...` not passed on
 # * `output.generated_tokens[: request.sampling.max_tokens]` -> all of them
 # * `seed=...` removed
+# * without fork_rng
 # * kinds without `is_greedy(request)`
 # * `num_return_sequences=sampling.n` -> 1

@@ -586,6 +586,19 @@ def test_the_loop_trains_on_conversations_as_the_policy_sampled_them(task_of, po
 
 
 @real
+def test_lost_rollouts_are_counted_as_errors(task_of, policy_folder):
+    task = task_of("faulty", how="raise")
+    config = config_of(task, policy_folder, {"max_tokens": 40})
+    model = AutoModelForCausalLM.from_pretrained(policy_folder, dtype=torch.float32)
+    collector = Collector(config, task, AutoTokenizer.from_pretrained(policy_folder))
+    engine = TransformersEngine(model, dtype=torch.float32)
+    found = collector.collect(engine, "train", [0, 1, 2], lambda number: number)
+    assert [None in group.rewards for group in found.groups] == [False, True, False]
+    assert found.groups[1].rewards == [None] * 4
+    assert (found.errors, found.timeouts) == (4, 0)
+
+
+@real
 def test_a_run_trains_and_resumes_from_the_command_line(tmp_path):
     changes = {
         "task": {
